@@ -1,0 +1,73 @@
+"""From a warp's accumulators to out and lse in global memory."""
+
+from __future__ import annotations
+
+import cutlass
+from cutlass import Float32, Int32, Int64, cute
+
+from flash_attn_sm120.device.ptx import load_shared_v4, pack_pair, store_global_v4, store_shared_b32
+from flash_attn_sm120.device.scheduler import Tile
+from flash_attn_sm120.device.seqlen import Sequence
+from flash_attn_sm120.device.tile import ELEMENT_BYTES, VECTOR, TileLayout
+
+
+def stage_output(layout: TileLayout, shared: Int32, tOrO, factors: list[Float32], lane: Int32, dtype: str) -> None:
+    """Normalises a warp's O, rounds it and puts it into its rows of a shared tile (`shared`: the warp's first row)."""
+    group, quad = lane // 4, lane % 4
+    for m in range(tOrO.shape[0]):
+        for n in range(tOrO.shape[1]):
+            chunk, col = divmod(8 * n, layout.chunk_cols)
+            for half in range(2):
+                factor = factors[2 * m + half]
+                pair = pack_pair(tOrO[m, n, 2 * half] * factor, tOrO[m, n, 2 * half + 1] * factor, dtype)
+                row = 8 * half + group
+                offset = layout.unit_offset(row, Int32(col // VECTOR)) + 4 * quad
+                store_shared_b32(shared + chunk * layout.chunk_bytes + 16 * m * layout.row_bytes + offset, pair)
+
+
+@cute.jit
+def store_output(
+    layout: cutlass.Constexpr,
+    shared: Int32,
+    rows: cutlass.Constexpr,
+    glob: Int64,
+    row_stride: Int64,
+    lane: Int32,
+    rows_left: Int32,
+    cols: cutlass.Constexpr,
+) -> None:
+    """A warp writes its `rows` staged rows in 16-byte pieces; rows from rows_left on, columns from cols on, are not written."""
+    unit, first_row = lane % layout.units, lane // layout.units
+    rows_a_pass = 32 // layout.units
+    for chunk in cutlass.range_constexpr(layout.chunks):
+        for step in cutlass.range_constexpr(rows // rows_a_pass):
+            row = first_row + step * rows_a_pass
+            col = chunk * layout.chunk_cols + unit * VECTOR
+            if row < rows_left and col < cols:
+                values = load_shared_v4(shared + chunk * layout.chunk_bytes + layout.unit_offset(row, unit))
+                store_global_v4(glob + Int64(row) * row_stride + Int64(col * ELEMENT_BYTES), values)
+
+
+@cute.jit
+def store_lse(
+    mLSE: cute.Tensor,
+    packed: cutlass.Constexpr,
+    tile: Tile,
+    seq_q: Sequence,
+    first_row: Int32,
+    lses: list,
+    lane: Int32,
+    rows_left: Int32,
+) -> None:
+    """mLSE (batch, heads, seqlen_q), or (heads, total_q) when packed. lses: the thread's rows, 8 apart; four lanes hold
+    the same rows and the first of them writes."""
+    group = lane // 4
+    if cutlass.const_expr(packed):
+        offset = Int64(tile.head) * Int64(mLSE.stride[0]) + Int64(seq_q.start)
+    else:
+        offset = Int64(tile.batch) * Int64(mLSE.stride[0]) + Int64(tile.head) * Int64(mLSE.stride[1])
+    offset = offset + Int64(first_row + group)
+    if lane % 4 == 0:
+        for r in cutlass.range_constexpr(len(lses)):
+            if 8 * r + group < rows_left:
+                cute.make_tensor(mLSE.iterator + (offset + 8 * r), cute.make_layout(1))[0] = lses[r]

@@ -1,0 +1,136 @@
+"""The instructions that the kernels are written in, one function each, as PTX.
+
+Registers are DSL scalars (Int32 for packed pairs, Float32), so a fragment is a Python list of scalars and
+indexing it costs nothing. Shared addresses are 32-bit, global ones 64-bit, both in bytes.
+Source: NVIDIA, PTX ISA 8.7, sections on mma, ldmatrix, cp.async and ex2.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from cutlass import Float32, Int32, Int64
+from cutlass._mlir import ir
+from cutlass._mlir.dialects import llvm
+from cutlass.cutlass_dsl import T, dsl_user_op
+
+
+def _asm(result: ir.Type | None, operands: list, text: str, constraints: str, *, volatile: bool, loc=None, ip=None):
+    return llvm.inline_asm(
+        result,
+        operands,
+        text,
+        constraints,
+        has_side_effects=volatile,
+        is_align_stack=False,
+        asm_dialect=llvm.AsmDialect.AD_ATT,
+        loc=loc,
+        ip=ip,
+    )
+
+
+def _unpack(struct: ir.Value, element: ir.Type, count: int, wrap: type, loc=None, ip=None) -> list:
+    return [wrap(llvm.extractvalue(element, struct, [i], loc=loc, ip=ip)) for i in range(count)]
+
+
+@dsl_user_op
+def cp_async_16(
+    shared: Int32, glob: Int64, size: Int32 | int = 16, enabled: Int32 | None = None, *, loc=None, ip=None
+) -> None:
+    """Copies 16 bytes, the first `size` (0 or 16) of them from global memory, the rest zeros; none where enabled is 0."""
+    operands = [Int32(shared), Int64(glob), Int32(size)]
+    text, constraints = "cp.async.cg.shared.global.L2::128B [$0], [$1], 16, $2;", "r,l,r"
+    if enabled is not None:
+        operands.append(Int32(enabled))
+        text = "{ .reg .pred p; setp.ne.b32 p, $3, 0; @p " + text + " }"
+        constraints += ",r"
+    values = [operand.ir_value(loc=loc, ip=ip) for operand in operands]
+    _asm(None, values, text, constraints, volatile=True, loc=loc, ip=ip)
+
+
+@dsl_user_op
+def ldmatrix_x4(shared: Int32, *, transpose: bool = False, loc=None, ip=None) -> list[Int32]:
+    """Four 8x8 matrices of 16-bit elements; lane i gives the address of row i % 8 of matrix i // 8."""
+    struct = llvm.StructType.get_literal([T.i32()] * 4)
+    modifier = ".trans" if transpose else ""
+    loaded = _asm(
+        struct,
+        [Int32(shared).ir_value(loc=loc, ip=ip)],
+        f"ldmatrix.sync.aligned.m8n8.x4{modifier}.shared.b16 {{$0, $1, $2, $3}}, [$4];",
+        "=r,=r,=r,=r,r",
+        volatile=True,
+        loc=loc,
+        ip=ip,
+    )
+    return _unpack(loaded, T.i32(), 4, Int32, loc, ip)
+
+
+@dsl_user_op
+def mma_m16n8k16(
+    a: Sequence[Int32], b: Sequence[Int32], c: Sequence[Float32], dtype: str, *, loc=None, ip=None
+) -> list[Float32]:
+    """a (16 x 16) @ b (16 x 8) + c in float32; dtype is "bf16" or "f16"."""
+    struct = llvm.StructType.get_literal([T.f32()] * 4)
+    operands = [Int32(x).ir_value(loc=loc, ip=ip) for x in (*a, *b)]
+    operands += [Float32(x).ir_value(loc=loc, ip=ip) for x in c]
+    product = _asm(
+        struct,
+        operands,
+        f"mma.sync.aligned.m16n8k16.row.col.f32.{dtype}.{dtype}.f32 "
+        "{$0, $1, $2, $3}, {$4, $5, $6, $7}, {$8, $9}, {$10, $11, $12, $13};",
+        "=f,=f,=f,=f,r,r,r,r,r,r,f,f,f,f",
+        volatile=False,
+        loc=loc,
+        ip=ip,
+    )
+    return _unpack(product, T.f32(), 4, Float32, loc, ip)
+
+
+@dsl_user_op
+def pack_pair(low: Float32, high: Float32, dtype: str, *, loc=None, ip=None) -> Int32:
+    """Two float32 rounded to nearest even, low in bits 0-15."""
+    operands = [Float32(high).ir_value(loc=loc, ip=ip), Float32(low).ir_value(loc=loc, ip=ip)]
+    return Int32(
+        _asm(T.i32(), operands, f"cvt.rn.{dtype}x2.f32 $0, $1, $2;", "=r,f,f", volatile=False, loc=loc, ip=ip)
+    )
+
+
+def _unary(instruction: str):
+    @dsl_user_op
+    def apply(x: Float32, *, loc=None, ip=None) -> Float32:
+        operand = Float32(x).ir_value(loc=loc, ip=ip)
+        return Float32(_asm(T.f32(), [operand], f"{instruction} $0, $1;", "=f,f", volatile=False, loc=loc, ip=ip))
+
+    return apply
+
+
+exp2 = _unary("ex2.approx.ftz.f32")
+log2 = _unary("lg2.approx.ftz.f32")
+reciprocal = _unary("rcp.approx.ftz.f32")
+
+
+@dsl_user_op
+def fma(a: Float32, b: Float32, c: Float32, *, loc=None, ip=None) -> Float32:
+    operands = [Float32(x).ir_value(loc=loc, ip=ip) for x in (a, b, c)]
+    return Float32(_asm(T.f32(), operands, "fma.rn.f32 $0, $1, $2, $3;", "=f,f,f,f", volatile=False, loc=loc, ip=ip))
+
+
+@dsl_user_op
+def store_shared_b32(shared: Int32, value: Int32, *, loc=None, ip=None) -> None:
+    operands = [Int32(shared).ir_value(loc=loc, ip=ip), Int32(value).ir_value(loc=loc, ip=ip)]
+    _asm(None, operands, "st.shared.b32 [$0], $1;", "r,r", volatile=True, loc=loc, ip=ip)
+
+
+@dsl_user_op
+def load_shared_v4(shared: Int32, *, loc=None, ip=None) -> list[Int32]:
+    struct = llvm.StructType.get_literal([T.i32()] * 4)
+    operand = Int32(shared).ir_value(loc=loc, ip=ip)
+    text = "ld.shared.v4.b32 {$0, $1, $2, $3}, [$4];"
+    loaded = _asm(struct, [operand], text, "=r,=r,=r,=r,r", volatile=True, loc=loc, ip=ip)
+    return _unpack(loaded, T.i32(), 4, Int32, loc, ip)
+
+
+@dsl_user_op
+def store_global_v4(glob: Int64, values: Sequence[Int32], *, loc=None, ip=None) -> None:
+    operands = [Int64(glob).ir_value(loc=loc, ip=ip)] + [Int32(v).ir_value(loc=loc, ip=ip) for v in values]
+    _asm(None, operands, "st.global.v4.b32 [$0], {$1, $2, $3, $4};", "l,r,r,r,r", volatile=True, loc=loc, ip=ip)

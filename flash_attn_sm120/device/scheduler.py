@@ -1,0 +1,75 @@
+"""Which tile a thread block computes: heaviest first, and neighbours that share K and V in L2."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import cutlass
+from cutlass import Int32, cute
+
+from flash_attn_sm120.device.seqlen import clamp
+
+L2_BYTES_FOR_KV = 16 << 20  # of the 24 MB that the smallest chip of the family has
+
+
+@dataclass(frozen=True)
+class Tile:
+    """valid False: nothing to do."""
+
+    m_block: Int32
+    head: Int32
+    batch: Int32
+    valid: cutlass.Boolean
+
+
+def dense_tile(block: Int32, m_blocks: Int32, heads: Int32, batch: Int32, group: Int32) -> Tile:
+    """block in [0, m_blocks * heads * batch). Heads (of all batches) go in groups whose K and V fit L2; in a group the
+    last m_block, which has the most KV blocks under a causal mask, comes first, for all of its heads."""
+    all_heads = heads * batch
+    section = block // (group * m_blocks)
+    within = block - section * group * m_blocks
+    first = section * group
+    width = cutlass.min(group, all_heads - first)
+    turn = within // width
+    flat = first + within - turn * width
+    index = flat // heads
+    return Tile(m_blocks - 1 - turn, flat - index * heads, index, cutlass.Boolean(True))
+
+
+def heads_in_l2(heads_per_kv: Int32, seqlen_k: Int32, kv_row_bytes: int) -> Int32:
+    """How many query heads' K and V (seqlen_k rows of kv_row_bytes each) L2 holds together."""
+    held = L2_BYTES_FOR_KV // (cutlass.max(seqlen_k, Int32(1)) * kv_row_bytes)
+    return cutlass.max(held, Int32(1)) * heads_per_kv
+
+
+@cute.jit
+def packed_tile(
+    block: Int32, head: Int32, batch: Int32, total: Int32, mCuSeqlensQ: cute.Tensor, tile_m: cutlass.Constexpr, lane: Int32
+) -> Tile:
+    """block in [0, total // tile_m + batch), an upper bound of the tiles that a head's sequences have together.
+
+    Every warp looks 32 sequences at a time for the one that holds tile `block`; a block past the last tile is invalid.
+    """
+    found_batch, found_tile, found_count = Int32(-1), Int32(0), Int32(0)
+    tiles_before = Int32(0)
+    first = Int32(0)
+    while first < batch and found_batch < 0:
+        index = first + lane
+        count = Int32(0)
+        if index < batch:
+            start = clamp(mCuSeqlensQ[index], Int32(0), total)
+            count = (clamp(mCuSeqlensQ[index + 1], start, total) - start + tile_m - 1) // tile_m
+        before_end = count
+        for step in cutlass.range_constexpr(5):
+            below = cute.arch.shuffle_sync_up(before_end, offset=1 << step, mask_and_clamp=0)
+            if lane >= 1 << step:
+                before_end = before_end + below
+        holders = cute.arch.vote_ballot_sync(tiles_before + before_end > block)
+        if holders != 0:
+            owner = cute.arch.popc(~holders & (holders - 1))
+            found_batch = first + owner
+            found_count = cute.arch.shuffle_sync(count, owner)
+            found_tile = block - (tiles_before + cute.arch.shuffle_sync(before_end, owner) - found_count)
+        tiles_before = tiles_before + cute.arch.shuffle_sync(before_end, 31)
+        first = first + 32
+    return Tile(found_count - 1 - found_tile, head, found_batch, found_batch >= 0)

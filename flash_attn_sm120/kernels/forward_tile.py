@@ -1,0 +1,166 @@
+"""One Q tile against its KV blocks: the main loop that the plain forward kernel runs."""
+
+from __future__ import annotations
+
+import cutlass
+from cutlass import Float32, Int32, Int64, cute
+
+from flash_attn_sm120.device.block_range import BlockRange
+from flash_attn_sm120.device.epilogue import stage_output, store_lse, store_output
+from flash_attn_sm120.device.gemm import pv_product, qk_product
+from flash_attn_sm120.device.mask import apply_mask
+from flash_attn_sm120.device.scheduler import Tile
+from flash_attn_sm120.device.seqlen import Sequence, head_address
+from flash_attn_sm120.device.softmax import OnlineSoftmax, apply_softcap
+from flash_attn_sm120.device.tile import load_tile
+
+
+class ForwardTile:
+    """State of a thread block while it works on (m_block, head, batch). `config` is the kernel class's static part."""
+
+    def __init__(
+        self,
+        config,
+        mQ: cute.Tensor,
+        mK: cute.Tensor,
+        mV: cute.Tensor,
+        tile: Tile,
+        seq_q: Sequence,
+        seq_k: Sequence,
+        scale_log2: Float32,
+        softcap: Float32,
+        window_left: Int32,
+        window_right: Int32,
+    ):
+        self.config, self.tile, self.seq_q, self.seq_k = config, tile, seq_q, seq_k
+        problem, plan = config.problem, config.plan
+        heads = mQ.shape[1 if problem.packed_q else 2]
+        heads_kv = mK.shape[1 if problem.packed_k else 2]
+        head_kv = tile.head // (heads // heads_kv)
+        self.thread, _, _ = cute.arch.thread_idx()
+        self.lane = cute.arch.lane_idx()
+        self.warp = cute.arch.make_warp_uniform(cute.arch.warp_idx())
+        self.first_row = tile.m_block * plan.tile_m
+        self.shift = seq_k.length - seq_q.length
+        self.softcap, self.scale_log2 = softcap, scale_log2
+        self.window_left = window_left if problem.mask == "local" else None
+        self.window_right = {"full": None, "causal": Int32(0), "local": window_right}[problem.mask]
+
+        self.q_address, self.q_stride = head_address(mQ, seq_q, tile.head, problem.packed_q)
+        self.k_address, self.k_stride = head_address(mK, seq_k, head_kv, problem.packed_k)
+        self.v_address, self.v_stride = head_address(mV, seq_k, head_kv, problem.packed_k)
+
+        self.shared = cute.arch.get_dyn_smem(cutlass.Uint8, alignment=1024).toint()
+        self.warp_row = self.warp * config.warp_rows
+        self.q_rows = self.shared + self.warp_row * config.layout_q.row_bytes
+        self.offset_k = config.layout_q.bytes
+        self.offset_v = self.offset_k + plan.stages * config.layout_k.bytes
+
+        m_frags = config.warp_rows // 16
+        self.softmax = OnlineSoftmax(m_frags, scale_log2 if not problem.softcap else Float32(1.4426950408889634))
+        n_frags = config.layout_v.cols // 8
+        # (m, n, 4), the four values of a block adjacent as mma.sync holds them: other orders cost register moves
+        layout = cute.make_layout((m_frags, n_frags, 4), stride=(4 * n_frags, 4, 1))
+        self.tOrO = cute.make_rmem_tensor(layout, Float32)
+        self.tOrO.fill(0.0)
+
+    def load_q(self) -> None:
+        config, plan = self.config, self.config.plan
+        rows_left = self.seq_q.length - self.first_row
+        glob = self.q_address + Int64(self.first_row) * self.q_stride
+        cols = config.problem.head_dim
+        load_tile(config.layout_q, self.shared, glob, self.q_stride, self.thread, config.num_threads, cols, rows_left)
+
+    def load_k(self, n: Int32, slot, checked: bool) -> None:
+        config = self.config
+        shared = self.shared + self.offset_k + slot * config.layout_k.bytes
+        self._load_kv(config.layout_k, shared, self.k_address, self.k_stride, n, config.problem.head_dim, checked)
+
+    def load_v(self, n: Int32, slot, checked: bool) -> None:
+        config = self.config
+        shared = self.shared + self.offset_v + slot * config.layout_v.bytes
+        self._load_kv(config.layout_v, shared, self.v_address, self.v_stride, n, config.problem.head_dim_v, checked)
+
+    def _load_kv(self, layout, shared, address, stride, n, cols, checked) -> None:
+        first = n * layout.rows
+        rows_left = self.seq_k.length - first if checked else None
+        glob = address + Int64(first) * stride
+        load_tile(layout, shared, glob, stride, self.thread, self.config.num_threads, cols, rows_left)
+
+    @cute.jit
+    def run(self, blocks: BlockRange):
+        """Q and the last KV block are loaded first; each block starts the load of the next."""
+        begin, end = blocks.begin, blocks.end
+        right_edge = cutlass.max(blocks.right_edge, begin)
+        left_edge = cutlass.min(blocks.left_edge, right_edge)
+        self.load_q()
+        if begin < end:
+            self.load_k(end - 1, 0, True)
+            if cutlass.const_expr(self.config.plan.stages > 1):
+                self.load_v(end - 1, 0, True)
+        cute.arch.cp_async_commit_group()
+        for i in cutlass.range(end - right_edge, unroll=1):
+            self.block(end - 1 - i, begin, end, True)
+        for i in cutlass.range(right_edge - left_edge, unroll=1):
+            self.block(right_edge - 1 - i, begin, end, False)
+        if cutlass.const_expr(self.config.problem.mask == "local"):
+            for i in cutlass.range(left_edge - begin, unroll=1):
+                self.block(left_edge - 1 - i, begin, end, True)
+        cute.arch.cp_async_wait_group(0)
+        cute.arch.sync_threads()
+
+    @cute.jit
+    def block(self, n: Int32, begin: Int32, end: Int32, masked: cutlass.Constexpr):
+        config = self.config
+        slot = 0
+        cute.arch.cp_async_wait_group(0)
+        cute.arch.sync_threads()
+        if cutlass.const_expr(config.plan.stages == 1):
+            self.load_v(n, 0, masked)
+            cute.arch.cp_async_commit_group()
+        else:
+            slot = (end - 1 - n) % 2
+            if n > begin:
+                self.load_k(n - 1, 1 - slot, False)
+                self.load_v(n - 1, 1 - slot, False)
+            cute.arch.cp_async_commit_group()
+        m_frags = config.warp_rows // 16
+        sQ = config.layout_q.matrix(self.q_rows, self.lane)
+        sK = config.layout_k.matrix(self.shared + slot * config.layout_k.bytes, self.lane, self.offset_k, rows_first=False)
+        tSrS = qk_product(sQ, sK, m_frags, config.dtype)
+        if cutlass.const_expr(config.plan.stages == 1):
+            cute.arch.cp_async_wait_group(0)
+            cute.arch.sync_threads()
+            if n > begin:
+                self.load_k(n - 1, 0, False)
+            cute.arch.cp_async_commit_group()
+        tOrP = self.probabilities(tSrS, n, masked)
+        sV = config.layout_v.matrix(self.shared + slot * config.layout_v.bytes, self.lane, self.offset_v)
+        pv_product(sV, tOrP, self.tOrO, config.dtype)
+
+    def probabilities(self, tSrS: list, n: Int32, masked: bool) -> list:
+        config = self.config
+        if config.problem.softcap:
+            inner = 2.0 * self.scale_log2 / self.softcap
+            tSrS = apply_softcap(tSrS, inner, self.softcap)
+        if masked:
+            row, col = self.first_row + self.warp_row, n * config.plan.tile_n
+            bounds = (self.seq_k.length, self.shift, self.window_left, self.window_right)
+            tSrS = apply_mask(tSrS, row, col, self.lane, *bounds)
+        return self.softmax.update(tSrS, self.tOrO, config.dtype)
+
+    def store(self, mO: cute.Tensor, mLSE: cute.Tensor | None) -> None:
+        """Rows beyond the used length but inside the sequence's room become 0 and -inf."""
+        config = self.config
+        problem, layout = config.problem, config.layout_o
+        row = self.first_row + self.warp_row
+        factors, lses = self.softmax.finish(row + self.lane // 4, self.seq_q.length)
+        shared = self.shared + self.warp_row * layout.row_bytes
+        stage_output(layout, shared, self.tOrO, factors, self.lane, config.dtype)
+        cute.arch.sync_warp()
+        address, stride = head_address(mO, self.seq_q, self.tile.head, problem.packed_q)
+        glob = address + Int64(row) * stride
+        rows_left = self.seq_q.room - row
+        store_output(layout, shared, config.warp_rows, glob, stride, self.lane, rows_left, problem.head_dim_v)
+        if mLSE is not None:
+            store_lse(mLSE, problem.packed_q, self.tile, self.seq_q, row, lses, self.lane, rows_left)
