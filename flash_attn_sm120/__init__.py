@@ -1,4 +1,4 @@
-"""Attention forward kernels for NVIDIA SM120 and SM121. Importing this loads neither torch nor cutlass until first use."""
+"""Attention forward kernels for NVIDIA SM120 and SM121. Importing the package loads neither torch nor cutlass."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """What the public functions refuse, and in which words: `argument: expected ..., got ...`.
 
-Nothing here launches or allocates on a device. Only `check_length_values` reads a tensor's contents, and so waits for it.
+Nothing here launches or allocates on a device. Only `check_length_values` reads what a tensor holds, and waits for it.
 """
 
 from __future__ import annotations

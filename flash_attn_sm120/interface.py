@@ -98,7 +98,8 @@ def flash_attn_varlen_func(
     The rest as in flash_attn_func; masks align at the end of each sequence.
 
     Returns out of q's form with head_dim_v columns, or (out, lse) with lse float32 (heads, total_q) for packed q,
-    (batch, heads, seqlen_q) for padded q. Rows of a packed q that no sequence names (past cu_seqlens_q[-1]) are not written.
+    (batch, heads, seqlen_q) for padded q. Rows of a packed q past cu_seqlens_q[-1] belong to no sequence and are not
+    written.
 
     Raises as flash_attn_func does. What the length tensors contain is on the device, and reading it would wait for the
     GPU: with FLASH_ATTN_SM120_CHECK=1 in the environment it is checked on every call (first value 0, never falling,
@@ -262,7 +263,7 @@ def _extent(tensor: torch.Tensor) -> tuple[int, int]:
 
 @contextmanager
 def launches_on_cpu(load: Callable[[AttentionProblem], Callable]) -> Iterator[None]:
-    """While open, CPU tensors are accepted and go to `load(problem)`, a callable with a launcher's arguments (for tests)."""
+    """While open, CPU tensors are accepted and go to `load(problem)`, which takes a launcher's arguments. For tests."""
     global _cpu_load
     before, _cpu_load = _cpu_load, load
     try:
