@@ -86,7 +86,7 @@ def _sequences(tensor: torch.Tensor, cu_seqlens: torch.Tensor | None, seqused: t
 def _one_sequence(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, out: torch.Tensor, lse: torch.Tensor, options: Options
 ) -> None:
-    """q (seqlen_q, heads, d), k, v (seqlen_k, heads_kv, ...); fills out (seqlen_q, heads, d_v), lse (heads, seqlen_q)"""
+    """q (seqlen_q, heads, d), k, v (seqlen_k, heads_kv, d or d_v); fills out (seqlen_q, heads, d_v) and its lse."""
     seqlen_q, heads = q.shape[:2]
     seqlen_k, heads_kv = k.shape[:2]
     ratio = heads // heads_kv
@@ -123,7 +123,7 @@ def _visible(rows: slice, seqlen_q: int, seqlen_k: int, options: Options, device
 def _rows(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, visible: torch.Tensor | None, options: Options
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """q (heads, rows, d), k (.., d, seqlen_k), v (heads, seqlen_k, d_v); returns (heads, rows, d_v) and (heads, rows)"""
+    """q (heads, rows, d), k (heads, d, seqlen_k), v (heads, seqlen_k, d_v) -> out (heads, rows, d_v) and its lse."""
     scores = q @ k
     scores *= options.softmax_scale
     if options.softcap:
