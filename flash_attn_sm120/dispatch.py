@@ -23,5 +23,5 @@ def choose(problem: AttentionProblem, tile=(256, 64, 8, 1, 1)) -> Plan:
     d = -(-problem.head_dim // 16) * 16
     dv = -(-problem.head_dim_v // 16) * 16
     smem = 2 * (tile_m * d + stages * tile_n * (d + dv))
-    smem = max(smem, 2 * tile_m * dv)
+    smem = max(smem, 2 * tile_m * dv) + 32
     return Plan("forward", tile_m, tile_n, warps, stages, blocks, smem)

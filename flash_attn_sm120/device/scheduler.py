@@ -7,7 +7,8 @@ from dataclasses import dataclass
 import cutlass
 from cutlass import Int32, cute
 
-from flash_attn_sm120.device.seqlen import clamp
+from flash_attn_sm120.device.ptx import load_shared_v4, store_shared_b32
+from flash_attn_sm120.device.seqlen import Sequence, clamp
 
 L2_BYTES_FOR_KV = 16 << 20  # of the 24 MB that the smallest chip of the family has
 
@@ -20,6 +21,23 @@ class Tile:
     head: Int32
     batch: Int32
     valid: cutlass.Boolean
+
+
+TILE_NOTE_BYTES = 32
+
+
+def write_tile_note(shared: Int32, first_row: Int32, head: Int32, batch: Int32, seq_q: Sequence) -> None:
+    """Keeps in shared memory what only the epilogue needs, so that no register holds it through the main loop."""
+    values = (first_row, head, batch, seq_q.batch, seq_q.start, seq_q.length, seq_q.room, Int32(0))
+    for i, value in enumerate(values):
+        store_shared_b32(shared + 4 * i, value)
+
+
+def read_tile_note(shared: Int32) -> tuple[Int32, Int32, Int32, Sequence]:
+    """(first_row, head, batch, seq_q) as written."""
+    first_row, head, batch, index = load_shared_v4(shared)
+    start, length, room, _ = load_shared_v4(shared + 16)
+    return first_row, head, batch, Sequence(start, index, length, room)
 
 
 def dense_tile(block: Int32, m_blocks: Int32, heads: Int32, batch: Int32, group: Int32) -> Tile:

@@ -9,7 +9,7 @@ from flash_attn_sm120.device.block_range import BlockRange
 from flash_attn_sm120.device.epilogue import stage_output, store_lse, store_output
 from flash_attn_sm120.device.gemm import pv_product, qk_product
 from flash_attn_sm120.device.mask import apply_mask
-from flash_attn_sm120.device.scheduler import Tile
+from flash_attn_sm120.device.scheduler import TILE_NOTE_BYTES, Tile, read_tile_note, write_tile_note
 from flash_attn_sm120.device.seqlen import Sequence, head_address
 from flash_attn_sm120.device.softmax import OnlineSoftmax, apply_softcap
 from flash_attn_sm120.device.tile import load_tile
@@ -55,6 +55,7 @@ class ForwardTile:
         self.q_rows = self.shared + self.warp_row * config.layout_q.row_bytes
         self.offset_k = config.layout_q.bytes
         self.offset_v = self.offset_k + plan.stages * config.layout_k.bytes
+        self.note = plan.smem_bytes - TILE_NOTE_BYTES
 
         m_frags = config.warp_rows // 16
         self.softmax = OnlineSoftmax(m_frags, scale_log2 if not problem.softcap else Float32(1.4426950408889634))
@@ -65,11 +66,10 @@ class ForwardTile:
         self.tOrO.fill(0.0)
 
     def load_q(self) -> None:
-        config, plan = self.config, self.config.plan
-        rows_left = self.seq_q.length - self.first_row
-        glob = self.q_address + Int64(self.first_row) * self.q_stride
-        cols = config.problem.head_dim
-        load_tile(config.layout_q, self.shared, glob, self.q_stride, self.thread, config.num_threads, cols, rows_left)
+        config = self.config
+        glob = (self.q_address, self.first_row, self.q_stride)
+        threads = (self.thread, config.num_threads)
+        load_tile(config.layout_q, self.shared, *glob, *threads, config.problem.head_dim, self.seq_q.length)
 
     def load_k(self, n: Int32, slot, checked: bool) -> None:
         config = self.config
@@ -82,10 +82,9 @@ class ForwardTile:
         self._load_kv(config.layout_v, shared, self.v_address, self.v_stride, n, config.problem.head_dim_v, checked)
 
     def _load_kv(self, layout, shared, address, stride, n, cols, checked) -> None:
-        first = n * layout.rows
-        rows_left = self.seq_k.length - first if checked else None
-        glob = address + Int64(first) * stride
-        load_tile(layout, shared, glob, stride, self.thread, self.config.num_threads, cols, rows_left)
+        threads = (self.thread, self.config.num_threads)
+        end_row = self.seq_k.length if checked else None
+        load_tile(layout, shared, address, n * layout.rows, stride, *threads, cols, end_row)
 
     @cute.jit
     def run(self, blocks: BlockRange):
@@ -94,6 +93,9 @@ class ForwardTile:
         right_edge = cutlass.max(blocks.right_edge, begin)
         left_edge = cutlass.min(blocks.left_edge, right_edge)
         self.load_q()
+        if self.thread == 0:
+            note = (self.first_row, self.tile.head, self.tile.batch, self.seq_q)
+            write_tile_note(self.shared + self.note, *note)
         if begin < end:
             self.load_k(end - 1, 0, True)
             if cutlass.const_expr(self.config.plan.stages > 1):
@@ -153,14 +155,16 @@ class ForwardTile:
         """Rows beyond the used length but inside the sequence's room become 0 and -inf."""
         config = self.config
         problem, layout = config.problem, config.layout_o
-        row = self.first_row + self.warp_row
-        factors, lses = self.softmax.finish(row + self.lane // 4, self.seq_q.length)
+        first_row, head, batch, seq_q = read_tile_note(self.shared + self.note)
+        row = first_row + self.warp_row
+        factors, lses = self.softmax.finish(row + self.lane // 4, seq_q.length)
         shared = self.shared + self.warp_row * layout.row_bytes
         stage_output(layout, shared, self.tOrO, factors, self.lane, config.dtype)
         cute.arch.sync_warp()
-        address, stride = head_address(mO, self.seq_q, self.tile.head, problem.packed_q)
-        glob = address + Int64(row) * stride
-        rows_left = self.seq_q.room - row
+        address, stride = head_address(mO, seq_q, head, problem.packed_q)
+        glob = address + Int64(row) * Int64(stride)
+        rows_left = seq_q.room - row
         store_output(layout, shared, config.warp_rows, glob, stride, self.lane, rows_left, problem.head_dim_v)
         if mLSE is not None:
-            store_lse(mLSE, problem.packed_q, self.tile, self.seq_q, row, lses, self.lane, rows_left)
+            place = (head, batch, seq_q.start, row)
+            store_lse(mLSE, problem.packed_q, *place, lses, self.lane, rows_left)
