@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import math
+
 import cutlass
 from cutlass import Float32, Int32, Int64, cute
 
 from flash_attn_sm120.device.block_range import BlockRange
 from flash_attn_sm120.device.epilogue import stage_output, store_lse, store_output
+from flash_attn_sm120.device.fragments import accumulators
 from flash_attn_sm120.device.gemm import pv_product, qk_product
 from flash_attn_sm120.device.mask import apply_mask
 from flash_attn_sm120.device.scheduler import TILE_NOTE_BYTES, Tile, read_tile_note, write_tile_note
@@ -58,11 +61,9 @@ class ForwardTile:
         self.note = plan.smem_bytes - TILE_NOTE_BYTES
 
         m_frags = config.warp_rows // 16
-        self.softmax = OnlineSoftmax(m_frags, scale_log2 if not problem.softcap else Float32(1.4426950408889634))
-        n_frags = config.layout_v.cols // 8
-        # (m, n, 4), the four values of a block adjacent as mma.sync holds them: other orders cost register moves
-        layout = cute.make_layout((m_frags, n_frags, 4), stride=(4 * n_frags, 4, 1))
-        self.tOrO = cute.make_rmem_tensor(layout, Float32)
+        self.softmax = OnlineSoftmax(m_frags, Float32(math.log2(math.e)) if problem.softcap else scale_log2)
+        self.tSrS = accumulators(m_frags, plan.tile_n // 8)
+        self.tOrO = accumulators(m_frags, config.layout_v.cols // 8)
         self.tOrO.fill(0.0)
 
     def load_q(self) -> None:
@@ -101,13 +102,12 @@ class ForwardTile:
             if cutlass.const_expr(self.config.plan.stages > 1):
                 self.load_v(end - 1, 0, True)
         cute.arch.cp_async_commit_group()
-        for i in cutlass.range(end - right_edge, unroll=1):
-            self.block(end - 1 - i, begin, end, True)
-        for i in cutlass.range(right_edge - left_edge, unroll=1):
-            self.block(right_edge - 1 - i, begin, end, False)
-        if cutlass.const_expr(self.config.problem.mask == "local"):
-            for i in cutlass.range(left_edge - begin, unroll=1):
-                self.block(left_edge - 1 - i, begin, end, True)
+        for i in cutlass.range(end - begin, unroll=1):
+            n = end - 1 - i
+            if (n >= right_edge) | (n < left_edge):
+                self.block(n, begin, end, True)
+            else:
+                self.block(n, begin, end, False)
         cute.arch.cp_async_wait_group(0)
         cute.arch.sync_threads()
 
@@ -126,30 +126,38 @@ class ForwardTile:
                 self.load_k(n - 1, 1 - slot, False)
                 self.load_v(n - 1, 1 - slot, False)
             cute.arch.cp_async_commit_group()
-        m_frags = config.warp_rows // 16
-        sQ = config.layout_q.matrix(self.q_rows, self.lane)
-        sK = config.layout_k.matrix(self.shared + slot * config.layout_k.bytes, self.lane, self.offset_k, rows_first=False)
-        tSrS = qk_product(sQ, sK, m_frags, config.dtype)
+        self.scores(slot)
         if cutlass.const_expr(config.plan.stages == 1):
             cute.arch.cp_async_wait_group(0)
             cute.arch.sync_threads()
             if n > begin:
                 self.load_k(n - 1, 0, False)
             cute.arch.cp_async_commit_group()
-        tOrP = self.probabilities(tSrS, n, masked)
-        sV = config.layout_v.matrix(self.shared + slot * config.layout_v.bytes, self.lane, self.offset_v)
+        self.accumulate(n, slot, masked)
+
+    def scores(self, slot) -> None:
+        config = self.config
+        sQ = config.layout_q.matrix(self.q_rows, self.lane)
+        shared = self.shared + slot * config.layout_k.bytes
+        sK = config.layout_k.matrix(shared, self.lane, self.offset_k, rows_first=False)
+        qk_product(sQ, sK, self.tSrS, config.dtype)
+
+    @cute.jit
+    def accumulate(self, n: Int32, slot, masked: cutlass.Constexpr):
+        config = self.config
+        if cutlass.const_expr(config.problem.softcap):
+            apply_softcap(self.tSrS, 2.0 * self.scale_log2 / self.softcap, self.softcap)
+        if cutlass.const_expr(masked):
+            self.mask(n)
+        tOrP = self.softmax.update(self.tSrS, self.tOrO, config.dtype)
+        shared = self.shared + slot * config.layout_v.bytes
+        sV = config.layout_v.matrix(shared, self.lane, self.offset_v)
         pv_product(sV, tOrP, self.tOrO, config.dtype)
 
-    def probabilities(self, tSrS: list, n: Int32, masked: bool) -> list:
-        config = self.config
-        if config.problem.softcap:
-            inner = 2.0 * self.scale_log2 / self.softcap
-            tSrS = apply_softcap(tSrS, inner, self.softcap)
-        if masked:
-            row, col = self.first_row + self.warp_row, n * config.plan.tile_n
-            bounds = (self.seq_k.length, self.shift, self.window_left, self.window_right)
-            tSrS = apply_mask(tSrS, row, col, self.lane, *bounds)
-        return self.softmax.update(tSrS, self.tOrO, config.dtype)
+    def mask(self, n: Int32) -> None:
+        row, col = self.first_row + self.warp_row, n * self.config.plan.tile_n
+        bounds = (self.seq_k.length, self.shift, self.window_left, self.window_right)
+        apply_mask(self.tSrS, row, col, self.lane, *bounds)
 
     def store(self, mO: cute.Tensor, mLSE: cute.Tensor | None) -> None:
         """Rows beyond the used length but inside the sequence's room become 0 and -inf."""
