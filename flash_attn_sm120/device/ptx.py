@@ -120,9 +120,7 @@ def mma_m16n8k16(
 def pack_pair(low: Float32, high: Float32, dtype: str, *, loc=None, ip=None) -> Int32:
     """Two float32 rounded to nearest even, low in bits 0-15."""
     operands = [Float32(high).ir_value(loc=loc, ip=ip), Float32(low).ir_value(loc=loc, ip=ip)]
-    return Int32(
-        _asm(T.i32(), operands, f"cvt.rn.{dtype}x2.f32 $0, $1, $2;", "=r,f,f", volatile=False, loc=loc, ip=ip)
-    )
+    return Int32(_asm(T.i32(), operands, f"cvt.rn.{dtype}x2.f32 $0, $1, $2;", "=r,f,f", volatile=False, loc=loc, ip=ip))
 
 
 def _unary(instruction: str):

@@ -62,7 +62,13 @@ def heads_in_l2(heads_per_kv: Int32, seqlen_k: Int32, kv_row_bytes: int) -> Int3
 
 @cute.jit
 def packed_tile(
-    block: Int32, head: Int32, batch: Int32, total: Int32, mCuSeqlensQ: cute.Tensor, tile_m: cutlass.Constexpr, lane: Int32
+    block: Int32,
+    head: Int32,
+    batch: Int32,
+    total: Int32,
+    mCuSeqlensQ: cute.Tensor,
+    tile_m: cutlass.Constexpr,
+    lane: Int32,
 ) -> Tile:
     """block in [0, total // tile_m + batch), an upper bound of the tiles that a head's sequences have together.
 

@@ -26,7 +26,9 @@ class Sequence:
     room: Int32
 
 
-def sequence(tensor: cute.Tensor, batch: Int32, cu_seqlens: cute.Tensor | None, seqused: cute.Tensor | None) -> Sequence:
+def sequence(
+    tensor: cute.Tensor, batch: Int32, cu_seqlens: cute.Tensor | None, seqused: cute.Tensor | None
+) -> Sequence:
     """tensor (batch, seqlen, heads, d), or (total, heads, d) with cu_seqlens (batch + 1,); seqused (batch,).
 
     Lengths are clamped so that whatever the two hold, no row outside the tensor is named.

@@ -97,7 +97,6 @@ class FlashAttentionForwardSm80:
     ):
         problem, plan = self.problem, self.plan
         heads = mQ.shape[1 if problem.packed_q else 2]
-        heads_kv = mK.shape[1 if problem.packed_k else 2]
         lane = cute.arch.lane_idx()
         block, block_y, _ = cute.arch.block_idx()
         if cutlass.const_expr(problem.packed_q):
@@ -110,7 +109,9 @@ class FlashAttentionForwardSm80:
             seq_q = sequence(mQ, tile.batch, mCuSeqlensQ, mSeqUsedQ)
             seq_k = sequence(mK, tile.batch, mCuSeqlensK, mSeqUsedK)
             lengths = (seq_q.length, seq_k.length)
-            blocks = block_range(problem.mask, tile.m_block, plan.tile_m, plan.tile_n, *lengths, window_left, window_right)
+            blocks = block_range(
+                problem.mask, tile.m_block, plan.tile_m, plan.tile_n, *lengths, window_left, window_right
+            )
             work = ForwardTile(self, mQ, mK, mV, tile, seq_q, seq_k, scale_log2, softcap, window_left, window_right)
             work.run(blocks)
             work.store(mO, mLSE)
