@@ -1,0 +1,28 @@
+"""Attention forward kernels for NVIDIA SM120 and SM121. Importing the package loads neither torch nor cutlass."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from flash_attn_sm120.interface import flash_attn_func, flash_attn_varlen_func
+    from flash_attn_sm120.problem import AttentionProblem
+
+__version__ = "0.1.0"
+__all__ = ["AttentionProblem", "__version__", "flash_attn_func", "flash_attn_varlen_func"]
+
+_HOMES = {"flash_attn_func": "interface", "flash_attn_varlen_func": "interface", "AttentionProblem": "problem"}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from importlib import import_module
+
+    value = getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -1,0 +1,85 @@
+"""Where the tests run: on a GPU if there is one, else in the simulator, else the tests that need either are skipped."""
+
+import os
+from dataclasses import dataclass
+
+import pytest
+import torch
+
+from flash_attn_sm120 import interface
+
+
+@dataclass(frozen=True)
+class Device:
+    """torch_device: where inputs are made. size: "full", or "short" where every instruction is interpreted."""
+
+    torch_device: torch.device
+    size: str
+
+    @property
+    def is_gpu(self) -> bool:
+        return self.torch_device.type == "cuda"
+
+    def pick(self, full, short):
+        return full if self.size == "full" else short
+
+
+def simulator_loader():
+    """flash_attn_sm120.simulator's problem -> launcher, or None while it has none."""
+    try:
+        from flash_attn_sm120 import simulator
+    except ImportError:
+        return None
+    return getattr(simulator, "load", None)
+
+
+@pytest.fixture
+def device():
+    if torch.cuda.is_available():
+        yield Device(torch.device("cuda"), "full")
+        return
+    load = simulator_loader()
+    if load is None:
+        pytest.skip("needs a CUDA device or flash_attn_sm120.simulator, and there is neither")
+    with interface.launches_on_cpu(load):
+        yield Device(torch.device("cpu"), "short")
+
+
+@pytest.fixture
+def gpu():
+    if not torch.cuda.is_available():
+        pytest.skip("needs a CUDA device")
+    return torch.device("cuda")
+
+
+@pytest.fixture(autouse=True)
+def seed(request):
+    """Fresh inputs for each test, the same on each run unless FLASH_ATTN_SM120_SEED says otherwise."""
+    base = int(os.environ.get("FLASH_ATTN_SM120_SEED", "0"))
+    torch.manual_seed(base + sum(map(ord, request.node.nodeid)))
+
+
+class Recorder:
+    """Stands in for the kernels: keeps what the interface would launch, and writes ones."""
+
+    def __init__(self):
+        self.problems, self.calls = [], []
+
+    def load(self, problem):
+        self.problems.append(problem)
+
+        def launch(*arguments):
+            self.calls.append(arguments)
+            out, lse = arguments[3:5]
+            out.fill_(1.0)
+            if lse is not None:
+                lse.fill_(2.0)
+
+        return launch
+
+
+@pytest.fixture
+def recorder():
+    recorder = Recorder()
+    with interface.launches_on_cpu(recorder.load):
+        yield recorder
