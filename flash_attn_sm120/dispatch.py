@@ -10,13 +10,6 @@ from dataclasses import dataclass
 from flash_attn_sm120.problem import AttentionProblem
 
 ELEMENT_BYTES = 2
-SMEM_PER_SM = 100 * 1024
-SMEM_RESERVED_PER_BLOCK = 1024
-SMEM_PER_BLOCK = SMEM_PER_SM - SMEM_RESERVED_PER_BLOCK
-REGISTERS_PER_SM = 64 * 1024
-REGISTERS_PER_THREAD = 255
-WARPS_PER_SM = 48
-SUB_PARTITIONS = 4
 TILE_NOTE_BYTES = 32  # what a thread block writes down for its epilogue, behind the tiles
 
 
@@ -24,8 +17,8 @@ TILE_NOTE_BYTES = 32  # what a thread block writes down for its epilogue, behind
 class Plan:
     """How a problem is computed: the kernel and its tile.
 
-    stages: K and V tiles in flight. blocks_per_sm: thread blocks that an SM of SM120 holds at a time.
-    smem_bytes: dynamic shared memory of a block.
+    stages: K and V tiles in flight. blocks_per_sm: thread blocks that an SM of SM120 is to hold at a time, within the
+    limits of occupancy.py. smem_bytes: dynamic shared memory of a block.
     """
 
     kernel: str
@@ -37,8 +30,9 @@ class Plan:
     smem_bytes: int
 
     @property
-    def matrix_warps_per_sub_partition(self) -> float:
-        return self.blocks_per_sm * self.num_warps / SUB_PARTITIONS
+    def note_offset(self) -> int:
+        """Where in shared memory the tile's note lies."""
+        return self.smem_bytes - TILE_NOTE_BYTES
 
 
 @dataclass(frozen=True, slots=True)

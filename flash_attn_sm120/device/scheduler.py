@@ -23,9 +23,6 @@ class Tile:
     valid: cutlass.Boolean
 
 
-TILE_NOTE_BYTES = 32
-
-
 def write_tile_note(shared: Int32, first_row: Int32, head: Int32, batch: Int32, seq_q: Sequence) -> None:
     """Keeps in shared memory what only the epilogue needs, so that no register holds it through the main loop."""
     values = (first_row, head, batch, seq_q.batch, seq_q.start, seq_q.length, seq_q.room, Int32(0))

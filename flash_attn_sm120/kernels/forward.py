@@ -7,17 +7,20 @@ it to what SM120 can hold. Source: Dao, FlashAttention-2 (2023), algorithm 1, wi
 from __future__ import annotations
 
 import math
+from typing import TYPE_CHECKING
 
 import cutlass
 from cutlass import Float32, Int32, cute
 
 from flash_attn_sm120.device.block_range import block_range
+from flash_attn_sm120.device.mainloop import ForwardTile
 from flash_attn_sm120.device.scheduler import dense_tile, heads_in_l2, packed_tile
 from flash_attn_sm120.device.seqlen import sequence
 from flash_attn_sm120.device.tile import TileLayout, padded_head_dim
-from flash_attn_sm120.dispatch import Plan
-from flash_attn_sm120.kernels.forward_tile import ForwardTile
 from flash_attn_sm120.problem import AttentionProblem
+
+if TYPE_CHECKING:
+    from flash_attn_sm120.dispatch import Plan
 
 PTX_DTYPE = {"bfloat16": "bf16", "float16": "f16"}
 

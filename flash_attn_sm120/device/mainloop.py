@@ -1,4 +1,4 @@
-"""One Q tile against its KV blocks: the main loop that the plain forward kernel runs."""
+"""One Q tile against its KV blocks: loads, products and softmax in their order. The plain forward kernel runs it."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from flash_attn_sm120.device.epilogue import stage_output, store_lse, store_outp
 from flash_attn_sm120.device.fragments import accumulators
 from flash_attn_sm120.device.gemm import pv_product, qk_product
 from flash_attn_sm120.device.mask import apply_mask
-from flash_attn_sm120.device.scheduler import TILE_NOTE_BYTES, Tile, read_tile_note, write_tile_note
+from flash_attn_sm120.device.scheduler import Tile, read_tile_note, write_tile_note
 from flash_attn_sm120.device.seqlen import Sequence, head_address
 from flash_attn_sm120.device.softmax import OnlineSoftmax, apply_softcap
 from flash_attn_sm120.device.tile import load_tile
@@ -58,7 +58,7 @@ class ForwardTile:
         self.q_rows = self.shared + self.warp_row * config.layout_q.row_bytes
         self.offset_k = config.layout_q.bytes
         self.offset_v = self.offset_k + plan.stages * config.layout_k.bytes
-        self.note = plan.smem_bytes - TILE_NOTE_BYTES
+        self.note = self.shared + plan.note_offset
 
         m_frags = config.warp_rows // 16
         self.softmax = OnlineSoftmax(m_frags, Float32(math.log2(math.e)) if problem.softcap else scale_log2)
@@ -96,7 +96,7 @@ class ForwardTile:
         self.load_q()
         if self.thread == 0:
             note = (self.first_row, self.tile.head, self.tile.batch, self.seq_q)
-            write_tile_note(self.shared + self.note, *note)
+            write_tile_note(self.note, *note)
         if begin < end:
             self.load_k(end - 1, 0, True)
             if cutlass.const_expr(self.config.plan.stages > 1):
@@ -163,7 +163,7 @@ class ForwardTile:
         """Rows beyond the used length but inside the sequence's room become 0 and -inf."""
         config = self.config
         problem, layout = config.problem, config.layout_o
-        first_row, head, batch, seq_q = read_tile_note(self.shared + self.note)
+        first_row, head, batch, seq_q = read_tile_note(self.note)
         row = first_row + self.warp_row
         factors, lses = self.softmax.finish(row + self.lane // 4, seq_q.length)
         shared = self.shared + self.warp_row * layout.row_bytes
