@@ -34,7 +34,7 @@ def store_output(
     rows_left: Int32,
     cols: cutlass.Constexpr,
 ) -> None:
-    """A warp writes its `rows` staged rows in 16-byte pieces; rows from rows_left on, columns from cols on, are not written."""
+    """A warp writes its `rows` staged rows in 16-byte pieces, but none from row rows_left or column cols on."""
     unit, first_row = lane % layout.units, lane // layout.units
     rows_a_pass = 32 // layout.units
     for chunk in cutlass.range_constexpr(layout.chunks):

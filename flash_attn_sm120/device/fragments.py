@@ -12,7 +12,7 @@ from cutlass import Float32, cute
 
 
 def accumulators(m_frags: int, n_frags: int) -> cute.Tensor:
-    """(m_frags, n_frags, 4) float32; a block's four values lie side by side as mma.sync wants them, which saves moves."""
+    """(m_frags, n_frags, 4) float32; a block's four values lie side by side as in mma.sync, which saves moves."""
     layout = cute.make_layout((m_frags, n_frags, 4), stride=(4 * n_frags, 4, 1))
     return cute.make_rmem_tensor(layout, Float32)
 

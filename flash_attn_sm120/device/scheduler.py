@@ -53,7 +53,7 @@ def dense_tile(block: Int32, m_blocks: Int32, heads: Int32, batch: Int32, group:
 
 def heads_in_l2(heads_per_kv: Int32, seqlen_k: Int32, kv_row_bytes: int) -> Int32:
     """How many query heads' K and V (seqlen_k rows of kv_row_bytes each) L2 holds together."""
-    held = L2_BYTES_FOR_KV // (cutlass.max(seqlen_k, Int32(1)) * kv_row_bytes)
+    held = Int32(L2_BYTES_FOR_KV // kv_row_bytes) // cutlass.max(seqlen_k, Int32(1))
     return cutlass.max(held, Int32(1)) * heads_per_kv
 
 

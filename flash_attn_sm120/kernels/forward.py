@@ -121,7 +121,7 @@ class FlashAttentionForwardSm80:
 
 
 class FlashAttentionForwardSm120(FlashAttentionForwardSm80):
-    """The Sm80 kernel within SM120's limits; pack_gqa is off whatever the caller asked, as the base has no packed layout."""
+    """The Sm80 kernel within SM120's limits. pack_gqa is always off: the base has no packed layout for it to store."""
 
     def __init__(self, problem: AttentionProblem, plan: Plan):
         super().__init__(problem, plan)
