@@ -1,12 +1,26 @@
 """Where the tests run: on a GPU if there is one, else in the simulator, else the tests that need either are skipped."""
 
 import os
+import tempfile
+from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import cache
 
 import pytest
 import torch
 
-from flash_attn_sm120 import interface
+# The compiler leaves copies of what it keeps in this directory, by default the current one.
+scratch = tempfile.TemporaryDirectory(prefix="flash_attn_sm120_")
+os.environ.setdefault("CUTE_DSL_DUMP_DIR", scratch.name)
+
+from flash_attn_sm120 import interface  # noqa: E402
+
+ARCH = "sm_120a"
+ARGUMENTS = (
+    "q", "k", "v", "out", "lse", "cu_seqlens_q", "cu_seqlens_k", "seqused_q", "seqused_k",
+    "softmax_scale", "softcap", "window_left", "window_right",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -16,21 +30,19 @@ class Device:
     torch_device: torch.device
     size: str
 
-    @property
-    def is_gpu(self) -> bool:
-        return self.torch_device.type == "cuda"
-
     def pick(self, full, short):
         return full if self.size == "full" else short
 
 
-def simulator_loader():
-    """flash_attn_sm120.simulator's problem -> launcher, or None while it has none."""
-    try:
-        from flash_attn_sm120 import simulator
-    except ImportError:
-        return None
-    return getattr(simulator, "load", None)
+@cache
+def simulated(problem) -> Callable:
+    """A launcher's arguments to the compiled kernel, run by the simulator."""
+    from flash_attn_sm120 import simulator
+    from flash_attn_sm120.compile import build
+    from flash_attn_sm120.dispatch import choose
+
+    artifact = build(problem, choose(problem), ARCH, keep=True)
+    return lambda *arguments: simulator.launch(artifact, arguments, names=ARGUMENTS)
 
 
 @pytest.fixture
@@ -38,10 +50,13 @@ def device():
     if torch.cuda.is_available():
         yield Device(torch.device("cuda"), "full")
         return
-    load = simulator_loader()
-    if load is None:
+    try:
+        from flash_attn_sm120.simulator import simulate
+    except ImportError:
         pytest.skip("needs a CUDA device or flash_attn_sm120.simulator, and there is neither")
-    with interface.launches_on_cpu(load):
+    with ExitStack() as stack:
+        stack.enter_context(simulate(ARCH))
+        stack.enter_context(interface.launches_on_cpu(simulated))
         yield Device(torch.device("cpu"), "short")
 
 
@@ -54,7 +69,7 @@ def gpu():
 
 @pytest.fixture(autouse=True)
 def seed(request):
-    """Fresh inputs for each test, the same on each run unless FLASH_ATTN_SM120_SEED says otherwise."""
+    """Inputs differ from test to test and stay from run to run, unless FLASH_ATTN_SM120_SEED says otherwise."""
     base = int(os.environ.get("FLASH_ATTN_SM120_SEED", "0"))
     torch.manual_seed(base + sum(map(ord, request.node.nodeid)))
 

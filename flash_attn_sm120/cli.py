@@ -1,0 +1,247 @@
+"""flash-attn-sm120, or python -m flash_attn_sm120: doctor, check, compile."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import platform
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Sequence
+from importlib import metadata
+from pathlib import Path
+
+from flash_attn_sm120 import __version__
+from flash_attn_sm120.problem import AttentionProblem
+from flash_attn_sm120.terminal import paint, progress, table
+
+ARCHES = ("sm_120a", "sm_121a")
+PACKAGES = ("torch", "nvidia-cutlass-dsl", "apache-tvm-ffi")
+SHORT = {"bfloat16": "bf16", "float16": "fp16"}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one command; 0 when all is well, 1 when something isn't, 2 for a wrong command line."""
+    parser = argparse.ArgumentParser(prog="flash-attn-sm120", description="Attention on NVIDIA SM120 and SM121.")
+    parser.add_argument("--version", action="version", version=__version__)
+    commands = parser.add_subparsers(dest="command", required=True)
+
+    doctor = commands.add_parser("doctor", help="say what is here, what will be used and why")
+    doctor.set_defaults(run=lambda arguments: run_doctor())
+
+    check = commands.add_parser("check", help="run the 64-config matrix on the GPU against float32")
+    check.add_argument("--device", default="cuda", help="such as cuda:1 (default: cuda)")
+    check.add_argument("--seed", type=int, default=0, help="of the random inputs (default: 0)")
+    check.set_defaults(run=lambda arguments: run_check(arguments.device, arguments.seed))
+
+    compile_ = commands.add_parser(
+        "compile", help="compile every kernel and show what each takes of an SM; needs no GPU"
+    )
+    compile_.add_argument("--arch", type=_arches, default=ARCHES, help="sm_120a, sm_121a or both, comma between them")
+    compile_.set_defaults(run=lambda arguments: run_compile(arguments.arch))
+
+    arguments = parser.parse_args(argv)
+    return arguments.run(arguments)
+
+
+def _arches(text: str) -> tuple[str, ...]:
+    names = tuple(dict.fromkeys(name.strip() for name in text.split(",")))
+    for name in names:
+        if name not in ARCHES:
+            raise argparse.ArgumentTypeError(f"expected {' or '.join(ARCHES)}, got {name!r}")
+    return names
+
+
+def run_doctor() -> int:
+    """Prints what is here in plain words. 1 where a call can't work, with the reason."""
+    system = f"{platform.system()} {platform.machine()}"
+    print(f"flash_attn_sm120 {__version__} on Python {platform.python_version()}, {system}")
+    missing = []
+    for package in PACKAGES:
+        version = _version(package)
+        print(f"  {package}: {version or paint('not installed', 'red')}")
+        if version is None:
+            missing.append(package)
+    libraries = [name for name in ("cu12", "cu13") if _version(f"nvidia-cutlass-dsl-libs-{name}")]
+    print(f"  compiler libraries: {', '.join(libraries) or 'none'}")
+    print(f"  NVIDIA driver: {_driver() or 'none found'}")
+    if missing:
+        return _verdict(f"{', '.join(missing)} must be installed: pip install flash-attn-sm120")
+
+    import torch
+
+    print(f"  torch is built for CUDA {torch.version.cuda}" if torch.version.cuda else "  torch is built without CUDA")
+    if not torch.cuda.is_available():
+        reason = "no GPU that PyTorch can use"
+        if _driver() and not torch.version.cuda:
+            reason += ": the driver is there, but this PyTorch is a CPU build"
+        print("Without one, `flash-attn-sm120 compile` still compiles every kernel and shows what each one costs.")
+        return _verdict(reason)
+    return _doctor_gpus()
+
+
+def _doctor_gpus() -> int:
+    import torch
+
+    bad = []
+    for index in range(torch.cuda.device_count()):
+        properties = torch.cuda.get_device_properties(index)
+        capability = torch.cuda.get_device_capability(index)
+        memory = properties.total_memory / 2**30
+        print(f"GPU {index}: {properties.name}, compute capability {capability[0]}.{capability[1]}, {memory:.0f} GiB")
+        for line in explain(capability):
+            print(f"  {line}")
+        if capability < (8, 0):
+            bad.append(f"GPU {index} is too old")
+            continue
+        try:
+            difference = _trial(torch.device("cuda", index))
+        except Exception as error:
+            print(f"  a small call: {paint('failed', 'red')}, {type(error).__name__}: {error}")
+            bad.append(f"a small call failed on GPU {index}")
+            continue
+        right = difference <= 0.0156
+        print(f"  a small call: {paint('right', 'green') if right else paint('wrong', 'red')}, off by {difference:.5f}")
+        if not right:
+            bad.append(f"a small call was wrong on GPU {index}")
+    return _verdict("; ".join(bad))
+
+
+def explain(capability: tuple[int, int]) -> list[str]:
+    """What a GPU of this compute capability will run, and why, in plain words."""
+    from flash_attn_sm120.dispatch import choose
+
+    major, minor = capability
+    if capability < (8, 0):
+        return ["can't be used: the kernels need cp.async and bfloat16 matrix instructions, which came with 8.0"]
+    lines = []
+    if major == 12:
+        lines.append("this is what the kernels are made for")
+    else:
+        lines.append("runs the same kernels with SM120's tiles, which aren't the best for this chip")
+    target = f"sm_{major}{minor}{'a' if major >= 9 else ''}"
+    plan = choose(AttentionProblem("bfloat16", 128, 128, mask="causal"))
+    lines.append(f"kernels are compiled for {target} at the first call of each kind, by the installed compiler")
+    lines.append(
+        f"a causal bfloat16 call of head_dim 128 uses the {plan.kernel} kernel: {plan.tile_m} x {plan.tile_n} tiles, "
+        f"{plan.num_warps} warps, {plan.smem_bytes / 1024:.0f} KB of shared memory"
+    )
+    return lines
+
+
+def _trial(device) -> float:
+    import torch
+
+    from flash_attn_sm120 import flash_attn_func
+    from flash_attn_sm120.matrix import largest_difference
+    from flash_attn_sm120.reference import attention
+
+    q, k, v = (torch.randn(1, 129, heads, 128, device=device, dtype=torch.bfloat16) for heads in (4, 2, 2))
+    return largest_difference(flash_attn_func(q, k, v, causal=True), attention(q, k, v, causal=True)[0])
+
+
+def _verdict(problem: str) -> int:
+    print(paint(f"Not ready: {problem}.", "red") if problem else paint("Ready.", "green"))
+    return 1 if problem else 0
+
+
+def _version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _driver() -> str | None:
+    """The kernel module says its version; under WSL only nvidia-smi does."""
+    file = Path("/sys/module/nvidia/version")
+    if file.exists():
+        return file.read_text().strip()
+    tool = shutil.which("nvidia-smi")
+    if tool is None:
+        return None
+    command = [tool, "--query-gpu=driver_version", "--format=csv,noheader"]
+    answer = subprocess.run(command, capture_output=True, text=True)
+    return answer.stdout.split("\n")[0].strip() or None if answer.returncode == 0 else None
+
+
+def run_check(device: str, seed: int) -> int:
+    """The 64-config matrix on a GPU. 1 if a configuration fails, or if there is no GPU."""
+    import torch
+
+    from flash_attn_sm120 import matrix
+
+    if torch.device(device).type != "cuda" or not torch.cuda.is_available():
+        return _verdict("check runs the kernels, and there is no GPU that PyTorch can use (see doctor)")
+    rows, colours, failed = [], [], 0
+    for config in progress(matrix.configs(), "check"):
+        result = matrix.run(config, torch.device(device), seed=seed)
+        failed += not result.passed
+        numbers = (result.max_diff, result.same_dtype_diff, result.lse_diff)
+        rows.append((config.name, *(f"{n:.5f}" for n in numbers), "; ".join(result.complaints) or "pass"))
+        colours.append(None if result.passed else "red")
+    print(table(("configuration", "max diff", "of PyTorch", "of lse", "verdict"), rows, colours))
+    text = (
+        f"{len(rows) - failed} of {len(rows)} within {matrix.MAX_DIFF} and twice the error of PyTorch in the same dtype"
+    )
+    print(paint(text, "red" if failed else "green"))
+    return 1 if failed else 0
+
+
+def run_compile(arches: Sequence[str]) -> int:
+    """Every variant for each target. 1 if one spills or keeps fewer than two matrix warps on a sub-partition."""
+    # The compiler leaves copies of what it keeps in this directory, by default the current one.
+    with tempfile.TemporaryDirectory() as scratch:
+        os.environ.setdefault("CUTE_DSL_DUMP_DIR", scratch)
+        from flash_attn_sm120.dispatch import variants
+
+        jobs = [(arch, problem) for arch in arches for problem in variants()]
+        measured = [measure(problem, arch) for arch, problem in progress(jobs, "compile")]
+    header = (
+        "target", "variant", "kernel", "tile", "warps", "registers", "stack", "shared KB", "blocks/SM",
+        "matrix warps/SM", "verdict",
+    )  # fmt: skip
+    print(table(header, [row for row, _ in measured], [None if good else "red" for _, good in measured]))
+    failed = sum(not good for _, good in measured)
+    text = (
+        f"{len(measured) - failed} of {len(measured)} without a stack and with two matrix warps a sub-partition or more"
+    )
+    print(paint(text, "red" if failed else "green"))
+    return 1 if failed else 0
+
+
+def measure(problem: AttentionProblem, arch: str) -> tuple[tuple[str, ...], bool]:
+    """Compiles one variant: (its row of the table, whether it passes)."""
+    from flash_attn_sm120 import cubin
+    from flash_attn_sm120.compile import build
+    from flash_attn_sm120.dispatch import choose
+    from flash_attn_sm120.occupancy import RESERVED_BYTES, SUB_PARTITIONS, occupancy
+
+    plan = choose(problem)
+    kernels = cubin.read(build(problem, plan, arch, keep=True).__cubin__)
+    registers = max(kernel.registers for kernel in kernels)
+    stack = max(kernel.stack_bytes for kernel in kernels)
+    # From sm_90 on, a kernel's static shared memory counts the reserved KB.
+    static = max(max(kernel.shared_bytes for kernel in kernels) - RESERVED_BYTES, 0)
+    shared = plan.smem_bytes + static
+    held = occupancy(registers, plan.num_warps, shared)
+    complaints = []
+    if stack:
+        complaints.append("spills")
+    if held.matrix_warps < 2 * SUB_PARTITIONS:
+        complaints.append(f"too few matrix warps ({held.limit})")
+    row = (
+        arch, label(problem), plan.kernel, f"{plan.tile_m}x{plan.tile_n}", plan.num_warps, registers, stack,
+        f"{shared / 1024:.1f}", held.blocks, held.matrix_warps, ", ".join(complaints) or "ok",
+    )  # fmt: skip
+    return tuple(map(str, row)), not complaints
+
+
+def label(problem: AttentionProblem) -> str:
+    """A problem in a few words, such as `bf16 192/128 causal packed lse`."""
+    words = [SHORT[problem.dtype], f"{problem.head_dim}/{problem.head_dim_v}", problem.mask]
+    packed = {(True, True): "packed", (True, False): "packed q", (False, True): "packed k"}
+    words.append(packed.get((problem.packed_q, problem.packed_k), ""))
+    words += [name for name in ("seqused_q", "seqused_k", "softcap", "lse") if getattr(problem, name)]
+    return " ".join(filter(None, words))

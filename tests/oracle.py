@@ -1,0 +1,47 @@
+"""One call of the public functions against the reference, by the tolerance of the package."""
+
+import itertools
+import math
+
+import torch
+
+from flash_attn_sm120 import flash_attn_func, flash_attn_varlen_func, reference
+from flash_attn_sm120.matrix import LSE_SLACK, SLACK, largest_difference
+
+LENGTHS = ("cu_seqlens_q", "cu_seqlens_k", "seqused_q", "seqused_k")
+
+
+def rand(device, *shape, dtype=torch.bfloat16):
+    return torch.randn(shape, device=device, dtype=dtype)
+
+
+def marks(device, *lengths):
+    """cu_seqlens of these lengths."""
+    return torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32, device=device)
+
+
+def ints(device, *values):
+    return torch.tensor(values, dtype=torch.int32, device=device)
+
+
+def assert_right(q, k, v, *, out=None, **options):
+    """Runs into a NaN-filled out, checks out and lse with the rows that no sequence names left alone; returns both."""
+    if out is None:
+        out = torch.empty((*q.shape[:-1], v.shape[-1]), dtype=q.dtype, device=q.device)
+    out.fill_(math.nan)
+    function = flash_attn_varlen_func if any(name in options for name in LENGTHS) else flash_attn_func
+    result, lse = function(q, k, v, out=out, return_lse=True, **options)
+    assert result is out
+    exact, exact_lse = reference.attention(q, k, v, **options)
+    rounded, rounded_lse = reference.attention(q, k, v, **options, dtype=None)
+    rows = slice(None)
+    if options.get("cu_seqlens_q") is not None:
+        rows = slice(int(options["cu_seqlens_q"][-1]))
+        assert out[rows.stop :].isnan().all(), "rows past the last sequence were written"
+        exact, rounded = exact[rows], rounded[rows]
+        exact_lse, rounded_lse, lse = exact_lse[:, rows], rounded_lse[:, rows], lse[:, rows]
+    error, limit = largest_difference(out[rows], exact), 2 * largest_difference(rounded, exact) + SLACK
+    assert error <= limit, f"out is off by {error}, at most {limit} is allowed"
+    error, limit = largest_difference(lse, exact_lse), 2 * largest_difference(rounded_lse, exact_lse) + LSE_SLACK
+    assert error <= limit, f"lse is off by {error}, at most {limit} is allowed"
+    return out, lse

@@ -1,0 +1,112 @@
+"""The command line: what it prints and what it returns. No GPU needed."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from flash_attn_sm120 import cli, dispatch, matrix, terminal
+from flash_attn_sm120.problem import AttentionProblem
+
+no_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="says what happens without a GPU")
+
+
+def run(*arguments):
+    return subprocess.run([sys.executable, "-m", "flash_attn_sm120", *arguments], capture_output=True, text=True)
+
+
+def test_help_needs_neither_torch_nor_cutlass():
+    code = (
+        "import sys\nfrom flash_attn_sm120.cli import main\n"
+        "try: main(['--help'])\nexcept SystemExit: pass\n"
+        "sys.exit(any(name in sys.modules for name in ('torch', 'cutlass')))"
+    )
+    answer = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert answer.returncode == 0, answer.stderr
+    for command in ("doctor", "check", "compile"):
+        assert command in answer.stdout
+
+
+def test_wrong_command_lines():
+    for arguments in ([], ["mend"], ["compile", "--arch", "sm_90a"], ["check", "--seed", "x"]):
+        answer = run(*arguments)
+        assert answer.returncode == 2 and "usage: flash-attn-sm120" in answer.stderr
+    assert "expected sm_120a or sm_121a, got 'sm_90a'" in run("compile", "--arch", "sm_90a").stderr
+
+
+@no_gpu
+def test_doctor_without_a_gpu():
+    answer = run("doctor")
+    assert answer.returncode == 1
+    for text in (
+        f"torch: {torch.__version__}",
+        "nvidia-cutlass-dsl: ",
+        "Not ready: no GPU",
+        "flash-attn-sm120 compile",
+    ):
+        assert text in answer.stdout
+    assert "\033" not in answer.stdout
+
+
+@no_gpu
+def test_check_without_a_gpu(capsys):
+    assert cli.main(["check"]) == 1
+    assert "Not ready: check runs the kernels" in capsys.readouterr().out
+
+
+def test_doctor_on_a_gpu(gpu):
+    answer = run("doctor")
+    assert answer.returncode == 0, answer.stdout
+    assert "a small call: right" in answer.stdout and "Ready." in answer.stdout
+
+
+@pytest.mark.parametrize("good", [True, False])
+def test_check_counts(good, monkeypatch, capsys):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    diffs = (0.001, 0.001, 0.0, 0.0)
+    monkeypatch.setattr(
+        matrix,
+        "run",
+        lambda config, device, seed: matrix.Result(config, *(diffs if good or config.causal else (1.0, *diffs[1:]))),
+    )
+    assert cli.main(["check"]) == (0 if good else 1)
+    text = capsys.readouterr().out
+    assert ("64 of 64" if good else "32 of 64") in text
+    assert text.count("max diff 1.00000 > 0.0156") == (0 if good else 32)
+    assert "GQA-LLaMA-3-varlen-bf16-causal-b3" in text and "\033" not in text
+
+
+@pytest.mark.parametrize("stack, warps, verdict", [(0, 8, "ok"), (176, 8, "spills"), (0, 4, "too few matrix warps")])
+def test_compile_judges(stack, warps, verdict, monkeypatch, capsys):
+    pytest.importorskip("cutlass")
+    from flash_attn_sm120 import compile as compile_module
+    from flash_attn_sm120 import cubin
+
+    problem = AttentionProblem("float16", 192, 128, mask="causal", packed_q=True, packed_k=True, lse=True)
+    plan = dispatch.choose(problem)
+    fields = {name: getattr(plan, name) for name in plan.__dataclass_fields__}
+    plan = dispatch.Plan(**{**fields, "num_warps": warps, "smem_bytes": 96 << 10})
+    monkeypatch.setattr(dispatch, "variants", lambda: [problem], raising=False)
+    monkeypatch.setattr(dispatch, "choose", lambda problem: plan)
+    monkeypatch.setattr(compile_module, "build", lambda *a, **k: type("Built", (), {"__cubin__": b""}))
+    monkeypatch.setattr(cubin, "read", lambda data: [cubin.KernelResources("k", 250, stack, 1024)])
+    assert cli.main(["compile", "--arch", "sm_120a,sm_121a"]) == (0 if verdict == "ok" else 1)
+    text = capsys.readouterr().out
+    for arch in cli.ARCHES:
+        (line,) = (line for line in text.splitlines() if line.startswith(arch))
+        assert "fp16 192/128 causal packed lse" in line and verdict in line and " 96.0 " in line
+    assert f"{2 if verdict == 'ok' else 0} of 2 without a stack" in text
+
+
+def test_explain():
+    assert "made for" in cli.explain((12, 0))[0] and "sm_120a" in cli.explain((12, 0))[1]
+    assert "aren't the best" in cli.explain((9, 0))[0] and "sm_90a" in cli.explain((9, 0))[1]
+    assert "can't be used" in cli.explain((7, 5))[0]
+
+
+def test_table_and_colours(monkeypatch):
+    text = terminal.table(("name", "n"), [("a", 1), ("longer", 100)], [None, "red"])
+    assert text.splitlines() == ["name      n", "a         1", "longer  100"]
+    monkeypatch.setattr(terminal, "coloured", lambda: True)
+    assert terminal.table(("name", "n"), [("a", 1)], ["red"]).splitlines()[1] == "\033[31ma     1\033[0m"
