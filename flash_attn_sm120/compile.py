@@ -61,7 +61,7 @@ def _signature(problem: AttentionProblem) -> tuple:
 def _matrix(dtype: type, rank: int, align: int = 16, divisibility: int = 8):
     """Last dimension contiguous; the other strides 64-bit multiples of `divisibility` elements."""
     shape = tuple(cute.sym_int32() for _ in range(rank))
-    stride = tuple(cute.sym_int64(divisibility=divisibility) for _ in range(rank - 1)) + (1,)
+    stride = (*(cute.sym_int64(divisibility=divisibility) for _ in range(rank - 1)), 1)
     return make_fake_tensor(dtype, shape, stride, assumed_align=align)
 
 

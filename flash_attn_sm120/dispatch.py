@@ -1,4 +1,7 @@
-"""choose(problem) -> Plan: which kernel and which tile. Pure Python, imports neither torch nor cutlass."""
+"""choose(problem) -> Plan: which kernel and which tile, from SM120's limits and a table of what measured best.
+
+Pure Python, imports neither torch nor cutlass.
+"""
 
 from __future__ import annotations
 
@@ -6,9 +9,18 @@ from dataclasses import dataclass
 
 from flash_attn_sm120.problem import AttentionProblem
 
+ELEMENT_BYTES = 2
+TILE_NOTE_BYTES = 32  # what a thread block writes down for its epilogue, behind the tiles
+
 
 @dataclass(frozen=True, slots=True)
 class Plan:
+    """How a problem is computed: the kernel and its tile.
+
+    stages: K and V tiles in flight. blocks_per_sm: thread blocks that an SM of SM120 is to hold at a time, within the
+    limits of occupancy.py. smem_bytes: dynamic shared memory of a block.
+    """
+
     kernel: str
     tile_m: int
     tile_n: int
@@ -17,11 +29,75 @@ class Plan:
     blocks_per_sm: int
     smem_bytes: int
 
+    @property
+    def note_offset(self) -> int:
+        """Where in shared memory the tile's note lies."""
+        return self.smem_bytes - TILE_NOTE_BYTES
 
-def choose(problem: AttentionProblem, tile=(256, 64, 8, 1, 1)) -> Plan:
-    tile_m, tile_n, warps, stages, blocks = tile
-    d = -(-problem.head_dim // 16) * 16
-    dv = -(-problem.head_dim_v // 16) * 16
-    smem = 2 * (tile_m * d + stages * tile_n * (d + dv))
-    smem = max(smem, 2 * tile_m * dv)
-    return Plan("forward", tile_m, tile_n, warps, stages, blocks, smem)
+
+@dataclass(frozen=True, slots=True)
+class TileRow:
+    """A row of the tile table: serves head dims up to (head_dim, head_dim_v)."""
+
+    head_dim: int
+    head_dim_v: int
+    tile_m: int
+    tile_n: int
+    num_warps: int
+    stages: int
+    blocks_per_sm: int
+
+
+# 32 rows a warp where registers and shared memory allow it (half the shared-memory reads), 16 above head_dim 128.
+# Evidence: benchmarks/NOTES.md, "Tiles of the plain kernel".
+FORWARD_TILES = (
+    TileRow(64, 64, tile_m=128, tile_n=64, num_warps=4, stages=2, blocks_per_sm=2),
+    TileRow(96, 96, tile_m=128, tile_n=64, num_warps=4, stages=1, blocks_per_sm=2),
+    TileRow(128, 128, tile_m=128, tile_n=32, num_warps=4, stages=1, blocks_per_sm=2),
+    TileRow(192, 192, tile_m=128, tile_n=64, num_warps=8, stages=1, blocks_per_sm=1),
+    TileRow(256, 256, tile_m=128, tile_n=32, num_warps=8, stages=1, blocks_per_sm=1),
+)
+
+
+def padded(head_dim: int) -> int:
+    """Columns as the matrix instructions see them: head_dim rounded up to their depth of 16."""
+    return (head_dim + 15) // 16 * 16
+
+
+def forward_smem_bytes(problem: AttentionProblem, row: TileRow) -> int:
+    """Q, `stages` tiles of K and of V, and a note; out takes the tiles' place at the end."""
+    d, dv = padded(problem.head_dim), padded(problem.head_dim_v)
+    inputs = row.tile_m * d + row.stages * row.tile_n * (d + dv)
+    return ELEMENT_BYTES * max(inputs, row.tile_m * dv) + TILE_NOTE_BYTES
+
+
+def choose(problem: AttentionProblem) -> Plan:
+    """The plan for a problem on SM120; another GPU gets the same."""
+    row = next(
+        row for row in FORWARD_TILES if problem.head_dim <= row.head_dim and problem.head_dim_v <= row.head_dim_v
+    )
+    tile = (row.tile_m, row.tile_n, row.num_warps, row.stages, row.blocks_per_sm)
+    return Plan("forward", *tile, forward_smem_bytes(problem, row))
+
+
+HEAD_DIMS = ((64, 64), (80, 80), (96, 96), (128, 128), (192, 128), (192, 192), (256, 256))
+
+
+def variants() -> list[AttentionProblem]:
+    """What `compile`, the demo and the tests build: one problem for each way in which the machine code can differ."""
+    problems = []
+    for head_dim, head_dim_v in HEAD_DIMS:
+        for mask in ("full", "causal", "local"):
+            problems.append(AttentionProblem("bfloat16", head_dim, head_dim_v, mask=mask, lse=True))
+        packed = {"packed_q": True, "packed_k": True}
+        problems.append(AttentionProblem("bfloat16", head_dim, head_dim_v, mask="causal", lse=True, **packed))
+    for mask in ("full", "causal", "local"):
+        problems.append(AttentionProblem("float16", 128, 128, mask=mask))
+        problems.append(AttentionProblem("bfloat16", 128, 128, mask=mask, softcap=True, lse=True))
+        problems.append(AttentionProblem("bfloat16", 128, 128, mask=mask, packed_q=True, packed_k=True))
+        problems.append(AttentionProblem("float16", 128, 128, mask=mask, lse=True, seqused_q=True, seqused_k=True))
+        problems.append(AttentionProblem("bfloat16", 128, 128, mask=mask, packed_q=True, seqused_k=True, lse=True))
+    problems.append(AttentionProblem("bfloat16", 256, 256, mask="local", softcap=True, lse=True))
+    problems.append(AttentionProblem("bfloat16", 40, 72, mask="causal", lse=True))
+    problems.append(AttentionProblem("float16", 8, 256, lse=True))
+    return list(dict.fromkeys(problems))

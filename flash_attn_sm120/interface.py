@@ -16,6 +16,8 @@ import torch
 from flash_attn_sm120 import checks
 from flash_attn_sm120.problem import AttentionProblem
 
+MAX_ROW_STRIDE = 2**30  # elements; the kernels count the bytes from row to row in 31 bits
+
 _launchers: dict[tuple, Callable] = {}
 _targets: dict[int, str] = {}
 _lock = threading.Lock()
@@ -225,8 +227,11 @@ def _target(index: int) -> str:
 
 
 def _aligned(tensor: torch.Tensor) -> torch.Tensor:
-    """The tensor itself where the kernel can read it: strides of whole 16 bytes from an address of whole 16 bytes."""
+    """The tensor itself where the kernel can read it: strides of whole 16 bytes from an address of whole 16 bytes, and
+    rows less than 2 GB apart."""
     strides = tensor.stride()
+    if strides[-3] >= MAX_ROW_STRIDE:
+        return tensor.clone(memory_format=torch.contiguous_format)
     odd = 0
     for stride in strides[:-1]:
         odd |= stride
@@ -247,7 +252,8 @@ def _writable(out: torch.Tensor, *inputs: torch.Tensor) -> torch.Tensor:
         begin, end = _extent(tensor)
         if begin < last and first < end:
             return torch.empty(out.shape, dtype=out.dtype, device=out.device)
-    if any(stride % 8 for stride in out.stride()[:-1]) or first % 16:
+    strides = out.stride()
+    if any(stride % 8 for stride in strides[:-1]) or first % 16 or strides[-3] >= MAX_ROW_STRIDE:
         return torch.empty(out.shape, dtype=out.dtype, device=out.device)
     return out
 

@@ -6,8 +6,6 @@ import cutlass
 from cutlass import Float32, Int32, Int64, cute
 
 from flash_attn_sm120.device.ptx import load_shared_v4, pack_pair, store_global_v4, store_shared_b32
-from flash_attn_sm120.device.scheduler import Tile
-from flash_attn_sm120.device.seqlen import Sequence
 from flash_attn_sm120.device.tile import ELEMENT_BYTES, VECTOR, TileLayout
 
 
@@ -31,12 +29,12 @@ def store_output(
     shared: Int32,
     rows: cutlass.Constexpr,
     glob: Int64,
-    row_stride: Int64,
+    row_stride: Int32,
     lane: Int32,
     rows_left: Int32,
     cols: cutlass.Constexpr,
 ) -> None:
-    """A warp writes its `rows` staged rows in 16-byte pieces; rows from rows_left on, columns from cols on, are not written."""
+    """A warp writes its `rows` staged rows in 16-byte pieces, but none from row rows_left or column cols on."""
     unit, first_row = lane % layout.units, lane // layout.units
     rows_a_pass = 32 // layout.units
     for chunk in cutlass.range_constexpr(layout.chunks):
@@ -45,15 +43,16 @@ def store_output(
             col = chunk * layout.chunk_cols + unit * VECTOR
             if row < rows_left and col < cols:
                 values = load_shared_v4(shared + chunk * layout.chunk_bytes + layout.unit_offset(row, unit))
-                store_global_v4(glob + Int64(row) * row_stride + Int64(col * ELEMENT_BYTES), values)
+                store_global_v4(glob + Int64(row) * Int64(row_stride) + Int64(col * ELEMENT_BYTES), values)
 
 
 @cute.jit
 def store_lse(
     mLSE: cute.Tensor,
     packed: cutlass.Constexpr,
-    tile: Tile,
-    seq_q: Sequence,
+    head: Int32,
+    batch: Int32,
+    start: Int32,
     first_row: Int32,
     lses: list,
     lane: Int32,
@@ -63,9 +62,9 @@ def store_lse(
     the same rows and the first of them writes."""
     group = lane // 4
     if cutlass.const_expr(packed):
-        offset = Int64(tile.head) * Int64(mLSE.stride[0]) + Int64(seq_q.start)
+        offset = Int64(head) * Int64(mLSE.stride[0]) + Int64(start)
     else:
-        offset = Int64(tile.batch) * Int64(mLSE.stride[0]) + Int64(tile.head) * Int64(mLSE.stride[1])
+        offset = Int64(batch) * Int64(mLSE.stride[0]) + Int64(head) * Int64(mLSE.stride[1])
     offset = offset + Int64(first_row + group)
     if lane % 4 == 0:
         for r in cutlass.range_constexpr(len(lses)):

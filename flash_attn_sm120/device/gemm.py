@@ -1,35 +1,32 @@
-"""The two tile products of attention, S = Q K^T and O += P V, as ldmatrix and mma.sync m16n8k16.
-
-Fragments (PTX ISA, mma.m16n8k16): with group = lane // 4 and quad = lane % 4, accumulator element (half, j) of an
-16 x 8 block is row group + 8 * half, column 2 * quad + j, at index 2 * half + j.
-"""
+"""The two tile products of attention, S = Q K^T and O += P V, as ldmatrix and mma.sync m16n8k16."""
 
 from __future__ import annotations
 
-from cutlass import Float32
+from cutlass import Float32, cute
 
 from flash_attn_sm120.device.ptx import mma_m16n8k16
 from flash_attn_sm120.device.tile import SharedMatrix
 
-Fragments = list  # [m][n] -> four accumulator values of a 16 x 8 block
 
-
-def qk_product(sQ: SharedMatrix, sK: SharedMatrix, m_frags: int, dtype: str) -> Fragments:
-    """S of one warp, (16 * m_frags) x tile_n; sQ starts at the warp's first row."""
-    n_frags = sK.layout.rows // 8
-    tSrS = [[[Float32(0.0)] * 4 for _ in range(n_frags)] for _ in range(m_frags)]
+def qk_product(sQ: SharedMatrix, sK: SharedMatrix, tSrS: cute.Tensor, dtype: str) -> None:
+    """tSrS = Q K^T of one warp, accumulators (m_frags, tile_n / 8, 4); sQ starts at the warp's first row."""
+    m_frags, n_frags, _ = tSrS.shape
+    acc = [[[Float32(0.0)] * 4 for _ in range(n_frags)] for _ in range(m_frags)]
     for col in range(0, sQ.layout.cols, 16):
         tSrQ = [sQ.load(16 * m, col) for m in range(m_frags)]
         for n in range(0, n_frags, 2):
             tSrK = sK.load(8 * n, col)
             for half in range(2):
                 for m in range(m_frags):
-                    tSrS[m][n + half] = mma_m16n8k16(tSrQ[m], tSrK[2 * half : 2 * half + 2], tSrS[m][n + half], dtype)
-    return tSrS
+                    acc[m][n + half] = mma_m16n8k16(tSrQ[m], tSrK[2 * half : 2 * half + 2], acc[m][n + half], dtype)
+    for m in range(m_frags):
+        for n in range(n_frags):
+            for i in range(4):
+                tSrS[m, n, i] = acc[m][n][i]
 
 
-def pv_product(sV: SharedMatrix, tOrP: list, tOrO, dtype: str) -> None:
-    """tOrO += P V. tOrP [m][16 keys] -> A operand; tOrO a register tensor (m_frags, head_dim_v / 8, 4)."""
+def pv_product(sV: SharedMatrix, tOrP: list, tOrO: cute.Tensor, dtype: str) -> None:
+    """tOrO += P V. tOrP [m][16 keys] -> A operand; tOrO accumulators (m_frags, head_dim_v / 8, 4)."""
     for k in range(sV.layout.rows // 16):
         for col in range(0, sV.layout.cols, 16):
             tOrV = sV.load(16 * k, col, transpose=True)

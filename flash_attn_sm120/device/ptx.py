@@ -35,33 +35,63 @@ def _unpack(struct: ir.Value, element: ir.Type, count: int, wrap: type, loc=None
 
 @dsl_user_op
 def cp_async_16(
-    shared: Int32, glob: Int64, size: Int32 | int = 16, enabled: Int32 | None = None, *, loc=None, ip=None
+    shared: Int32,
+    glob: Int64,
+    row: Int32,
+    row_stride: Int32,
+    col: Int32,
+    *,
+    shared_offset: int = 0,
+    row_offset: int = 0,
+    col_offset: int = 0,
+    size: Int32 | None = None,
+    enabled: Int32 | None = None,
+    loc=None,
+    ip=None,
 ) -> None:
-    """Copies 16 bytes, the first `size` (0 or 16) of them from global memory, the rest zeros; none where enabled is 0."""
-    operands = [Int32(shared), Int64(glob), Int32(size)]
-    text, constraints = "cp.async.cg.shared.global.L2::128B [$0], [$1], 16, $2;", "r,l,r"
-    if enabled is not None:
-        operands.append(Int32(enabled))
-        text = "{ .reg .pred p; setp.ne.b32 p, $3, 0; @p " + text + " }"
+    """Copies 16 bytes from glob + (row + row_offset) * row_stride + col + col_offset to shared + shared_offset.
+
+    size: 0 writes zeros and reads nothing, 16 (the default) copies. enabled: 0 does nothing. The address arithmetic
+    stands inside the instruction's text so that no register holds a part of it from one loop iteration to the next.
+    """
+    operands = [Int32(shared), Int64(glob), Int32(row), Int32(row_stride), Int32(col)]
+    constraints = "r,l,r,r,r"
+    guard, length = "", ""
+    if size is not None:
+        length = f", ${len(operands)}"
+        operands.append(Int32(size))
         constraints += ",r"
+    if enabled is not None:
+        guard = f"setp.ne.b32 p, ${len(operands)}, 0; @p "
+        operands.append(Int32(enabled))
+        constraints += ",r"
+    text = (
+        "{ .reg .pred p; .reg .b32 r; .reg .b64 a, c; "
+        f"cvt.s64.s32 c, $4; add.s64 a, $1, c; add.s32 r, $2, {row_offset}; mad.wide.s32 a, r, $3, a; "
+        f"{guard}cp.async.cg.shared.global.L2::128B [$0+{shared_offset}], [a+{col_offset}], 16{length}; }}"
+    )
     values = [operand.ir_value(loc=loc, ip=ip) for operand in operands]
     _asm(None, values, text, constraints, volatile=True, loc=loc, ip=ip)
 
 
 @dsl_user_op
-def ldmatrix_x4(shared: Int32, *, transpose: bool = False, loc=None, ip=None) -> list[Int32]:
-    """Four 8x8 matrices of 16-bit elements; lane i gives the address of row i % 8 of matrix i // 8."""
+def ldmatrix_x4(
+    shared: Int32, flip: int = 0, offset: int = 0, *, transpose: bool = False, loc=None, ip=None
+) -> list[Int32]:
+    """Four 8x8 matrices of 16-bit elements; lane i gives the address of row i % 8 of matrix i // 8.
+
+    The address is (shared ^ flip) + offset. The flip stands inside the instruction's text so that no register holds
+    its result from one loop iteration to the next.
+    """
     struct = llvm.StructType.get_literal([T.i32()] * 4)
     modifier = ".trans" if transpose else ""
-    loaded = _asm(
-        struct,
-        [Int32(shared).ir_value(loc=loc, ip=ip)],
-        f"ldmatrix.sync.aligned.m8n8.x4{modifier}.shared.b16 {{$0, $1, $2, $3}}, [$4];",
-        "=r,=r,=r,=r,r",
-        volatile=True,
-        loc=loc,
-        ip=ip,
-    )
+    load = f"ldmatrix.sync.aligned.m8n8.x4{modifier}.shared.b16 {{$0, $1, $2, $3}}, "
+    if flip:
+        text = f"{{ .reg .b32 flipped; xor.b32 flipped, $4, {flip}; {load}[flipped+{offset}]; }}"
+    else:
+        text = f"{load}[$4+{offset}];"
+    operand = Int32(shared).ir_value(loc=loc, ip=ip)
+    loaded = _asm(struct, [operand], text, "=r,=r,=r,=r,r", volatile=True, loc=loc, ip=ip)
     return _unpack(loaded, T.i32(), 4, Int32, loc, ip)
 
 
@@ -90,9 +120,7 @@ def mma_m16n8k16(
 def pack_pair(low: Float32, high: Float32, dtype: str, *, loc=None, ip=None) -> Int32:
     """Two float32 rounded to nearest even, low in bits 0-15."""
     operands = [Float32(high).ir_value(loc=loc, ip=ip), Float32(low).ir_value(loc=loc, ip=ip)]
-    return Int32(
-        _asm(T.i32(), operands, f"cvt.rn.{dtype}x2.f32 $0, $1, $2;", "=r,f,f", volatile=False, loc=loc, ip=ip)
-    )
+    return Int32(_asm(T.i32(), operands, f"cvt.rn.{dtype}x2.f32 $0, $1, $2;", "=r,f,f", volatile=False, loc=loc, ip=ip))
 
 
 def _unary(instruction: str):

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 import cutlass
 from cutlass import Int32, cute
 
-from flash_attn_sm120.device.seqlen import clamp
+from flash_attn_sm120.device.ptx import load_shared_v4, store_shared_b32
+from flash_attn_sm120.device.seqlen import Sequence, clamp
 
 L2_BYTES_FOR_KV = 16 << 20  # of the 24 MB that the smallest chip of the family has
 
@@ -20,6 +21,20 @@ class Tile:
     head: Int32
     batch: Int32
     valid: cutlass.Boolean
+
+
+def write_tile_note(shared: Int32, first_row: Int32, head: Int32, batch: Int32, seq_q: Sequence) -> None:
+    """Keeps in shared memory what only the epilogue needs, so that no register holds it through the main loop."""
+    values = (first_row, head, batch, seq_q.batch, seq_q.start, seq_q.length, seq_q.room, Int32(0))
+    for i, value in enumerate(values):
+        store_shared_b32(shared + 4 * i, value)
+
+
+def read_tile_note(shared: Int32) -> tuple[Int32, Int32, Int32, Sequence]:
+    """(first_row, head, batch, seq_q) as written."""
+    first_row, head, batch, index = load_shared_v4(shared)
+    start, length, room, _ = load_shared_v4(shared + 16)
+    return first_row, head, batch, Sequence(start, index, length, room)
 
 
 def dense_tile(block: Int32, m_blocks: Int32, heads: Int32, batch: Int32, group: Int32) -> Tile:
@@ -38,13 +53,19 @@ def dense_tile(block: Int32, m_blocks: Int32, heads: Int32, batch: Int32, group:
 
 def heads_in_l2(heads_per_kv: Int32, seqlen_k: Int32, kv_row_bytes: int) -> Int32:
     """How many query heads' K and V (seqlen_k rows of kv_row_bytes each) L2 holds together."""
-    held = L2_BYTES_FOR_KV // (cutlass.max(seqlen_k, Int32(1)) * kv_row_bytes)
+    held = Int32(L2_BYTES_FOR_KV // kv_row_bytes) // cutlass.max(seqlen_k, Int32(1))
     return cutlass.max(held, Int32(1)) * heads_per_kv
 
 
 @cute.jit
 def packed_tile(
-    block: Int32, head: Int32, batch: Int32, total: Int32, mCuSeqlensQ: cute.Tensor, tile_m: cutlass.Constexpr, lane: Int32
+    block: Int32,
+    head: Int32,
+    batch: Int32,
+    total: Int32,
+    mCuSeqlensQ: cute.Tensor,
+    tile_m: cutlass.Constexpr,
+    lane: Int32,
 ) -> Tile:
     """block in [0, total // tile_m + batch), an upper bound of the tiles that a head's sequences have together.
 

@@ -26,7 +26,9 @@ class Sequence:
     room: Int32
 
 
-def sequence(tensor: cute.Tensor, batch: Int32, cu_seqlens: cute.Tensor | None, seqused: cute.Tensor | None) -> Sequence:
+def sequence(
+    tensor: cute.Tensor, batch: Int32, cu_seqlens: cute.Tensor | None, seqused: cute.Tensor | None
+) -> Sequence:
     """tensor (batch, seqlen, heads, d), or (total, heads, d) with cu_seqlens (batch + 1,); seqused (batch,).
 
     Lengths are clamped so that whatever the two hold, no row outside the tensor is named.
@@ -41,12 +43,12 @@ def sequence(tensor: cute.Tensor, batch: Int32, cu_seqlens: cute.Tensor | None, 
     return Sequence(start, index, length, room)
 
 
-def head_address(tensor: cute.Tensor, seq: Sequence, head: Int32, packed: bool) -> tuple[Int64, Int64]:
-    """(byte address of the sequence's first row of a head, bytes from row to row), in 64 bits."""
+def head_address(tensor: cute.Tensor, seq: Sequence, head: Int32, packed: bool) -> tuple[Int64, Int32]:
+    """(byte address of the sequence's first row of a head, bytes from row to row, which 31 bits hold)."""
     element = tensor.element_type.width // 8
     row_stride = Int64(tensor.stride[0 if packed else 1])
     head_stride = Int64(tensor.stride[1 if packed else 2])
     offset = Int64(seq.start) * row_stride + Int64(head) * head_stride
     if not packed:
         offset = offset + Int64(seq.batch) * Int64(tensor.stride[0])
-    return tensor.iterator.toint() + offset * element, row_stride * element
+    return tensor.iterator.toint() + offset * element, Int32(row_stride) * element

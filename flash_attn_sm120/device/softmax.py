@@ -10,6 +10,7 @@ import math
 import cutlass
 from cutlass import Float32, Int32, cute
 
+from flash_attn_sm120.device.fragments import elements
 from flash_attn_sm120.device.ptx import exp2, fma, log2, pack_pair, reciprocal
 
 NEG_INF = -math.inf
@@ -22,18 +23,17 @@ def quad_reduce(value: Float32, combine) -> Float32:
     return value
 
 
-def apply_softcap(tSrS: list, inner_scale: Float32, softcap: Float32) -> list:
-    """softcap * tanh(score * softmax_scale / softcap), inner_scale = 2 log2(e) softmax_scale / softcap.
+def apply_softcap(tSrS: cute.Tensor, inner_scale: Float32, softcap: Float32) -> None:
+    """score -> softcap * tanh(score * softmax_scale / softcap); inner_scale = 2 log2(e) softmax_scale / softcap.
 
     tanh(x) = 1 - 2 / (1 + e^2x): its absolute error is that of ex2 and rcp, where tanh.approx loses 2^-11.
     """
-    return [
-        [[softcap - (softcap + softcap) * reciprocal(1.0 + exp2(x * inner_scale)) for x in block] for block in row] for row in tSrS
-    ]
+    for place in elements(tSrS):
+        tSrS[place] = fma(-2.0 * softcap, reciprocal(1.0 + exp2(tSrS[place] * inner_scale)), softcap)
 
 
 class OnlineSoftmax:
-    """Statistics of a thread's rows; row index 2 * m + half as in gemm.py."""
+    """Statistics of a thread's rows; row r is rows 8 r + lane // 4 of the warp."""
 
     def __init__(self, m_frags: int, scale_log2: Float32):
         self.scale_log2 = scale_log2
@@ -44,37 +44,50 @@ class OnlineSoftmax:
             self.row_max[r] = Float32(NEG_INF)
             self.row_sum[r] = Float32(0.0)
 
-    def update(self, tSrS: list, tOrO, dtype: str) -> list:
+    def reference(self, row_max: Float32) -> Float32:
+        """What is subtracted in the exponent; 0 for a row that has seen nothing avoids inf - inf."""
+        return cutlass.select_(row_max == NEG_INF, Float32(0.0), row_max) * self.scale_log2
+
+    def update(self, tSrS: cute.Tensor, tOrO: cute.Tensor, dtype: str) -> list:
         """Takes a block's scores in: rescales tOrO, returns P (not yet divided by the row sums) as A operand of P V,
         [m][16 keys] -> packed pairs (rows 0-7, 8-15 of keys 0-7, then of keys 8-15)."""
-        return [self._update_rows(m, tSrS[m], tOrO, dtype) for m in range(len(tSrS))]
+        self._rescale([self._block_max(tSrS, r) for r in range(self.rows)], tOrO)
+        return self._probabilities(tSrS, dtype)
 
-    def _update_rows(self, m: int, blocks: list, tOrO, dtype: str) -> list:
-        packed = []
-        for half in range(2):
-            r = 2 * m + half
-            old_max = self.row_max[r]
-            new_max = old_max
-            for block in blocks:
-                for j in range(2):
-                    new_max = cute.arch.fmax(new_max, block[2 * half + j])
-            new_max = quad_reduce(new_max, cute.arch.fmax)
-            # a row that has seen nothing keeps -inf as maximum; 0 in its place avoids inf - inf
-            reference = cutlass.select_(new_max == NEG_INF, Float32(0.0), new_max) * self.scale_log2
-            rescale = exp2(fma(old_max, self.scale_log2, -reference))
-            self.row_max[r] = new_max
-            total = self.row_sum[r] * rescale
-            pairs = []
-            for block in blocks:
-                low, high = (exp2(fma(block[2 * half + j], self.scale_log2, -reference)) for j in range(2))
+    def _block_max(self, tSrS: cute.Tensor, r: int) -> Float32:
+        m, half = r // 2, r % 2
+        value = self.row_max[r]
+        for n in range(tSrS.shape[1]):
+            for j in range(2):
+                value = cute.arch.fmax(value, tSrS[m, n, 2 * half + j])
+        return quad_reduce(value, cute.arch.fmax)
+
+    def _rescale(self, new_max: list, tOrO: cute.Tensor) -> None:
+        factors = []
+        for r in range(self.rows):
+            factor = exp2(fma(self.row_max[r], self.scale_log2, -self.reference(new_max[r])))
+            self.row_max[r] = new_max[r]
+            self.row_sum[r] = self.row_sum[r] * factor
+            factors.append(factor)
+        for m, n, i in elements(tOrO):
+            tOrO[m, n, i] = tOrO[m, n, i] * factors[2 * m + i // 2]
+
+    def _probabilities(self, tSrS: cute.Tensor, dtype: str) -> list:
+        m_frags, n_frags, _ = tSrS.shape
+        pairs = {}
+        for r in range(self.rows):
+            m, half = r // 2, r % 2
+            offset = -self.reference(self.row_max[r])
+            total = self.row_sum[r]
+            for n in range(n_frags):
+                low, high = (exp2(fma(tSrS[m, n, 2 * half + j], self.scale_log2, offset)) for j in range(2))
                 total = total + low + high
-                pairs.append(pack_pair(low, high, dtype))
-            packed.append(pairs)
+                pairs[m, n, half] = pack_pair(low, high, dtype)
             self.row_sum[r] = total
-            for n in range(tOrO.shape[1]):
-                for j in range(2):
-                    tOrO[m, n, 2 * half + j] = tOrO[m, n, 2 * half + j] * rescale
-        return [[packed[half][2 * k + right] for right in range(2) for half in range(2)] for k in range(len(blocks) // 2)]
+        return [
+            [[pairs[m, n + right, half] for right in range(2) for half in range(2)] for n in range(0, n_frags, 2)]
+            for m in range(m_frags)
+        ]
 
     def finish(self, first_row: Int32, seqlen_q: Int32) -> tuple[list[Float32], list[Float32]]:
         """(factor that normalises a row of O, natural-log LSE of the row), for each row of the thread.

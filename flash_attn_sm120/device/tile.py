@@ -65,16 +65,16 @@ class TileLayout:
             row, unit = lane % 16, lane // 16
         else:
             row, unit = lane % 8 + lane // 16 * 8, lane // 8 % 2
-        steps = range(self.chunk_cols // 16)
-        return SharedMatrix(self, [shared + self.unit_offset(row, unit + 2 * step) for step in steps], offset)
+        return SharedMatrix(self, shared + self.unit_offset(row, unit), offset)
 
 
 @dataclass(frozen=True)
 class SharedMatrix:
-    """A tile as ldmatrix reads it; addresses: this lane's, for the block at row 0 of each 16-column step of a chunk."""
+    """A tile as ldmatrix reads it. address: this lane's for the block at row 0, column 0; its tile is 128-byte aligned,
+    so that the block k * 16 columns on in the same chunk is at address ^ (32 * k)."""
 
     layout: TileLayout
-    addresses: list[Int32]
+    address: Int32
     offset: int
 
     def load(self, row: int, col: int, transpose: bool = False) -> list[Int32]:
@@ -85,50 +85,58 @@ class SharedMatrix:
         """
         chunk, within = divmod(col, self.layout.chunk_cols)
         offset = self.offset + chunk * self.layout.chunk_bytes + row * self.layout.row_bytes
-        return ldmatrix_x4(self.addresses[within // 16] + offset, transpose=transpose)
+        return ldmatrix_x4(self.address, within // 16 * 32, offset, transpose=transpose)
 
 
 def load_tile(
     layout: TileLayout,
     shared: Int32,
     glob: Int64,
-    row_stride: Int64,
+    first_row: Int32,
+    row_stride: Int32,
     thread: Int32,
     num_threads: int,
     cols: int,
-    rows_left: Int32 | None = None,
+    end_row: Int32 | None = None,
 ) -> None:
-    """Starts the copy of a tile from global rows `row_stride` bytes apart; the caller commits and waits.
+    """Starts the copy of global rows first_row, first_row + 1, ...; the caller commits and waits.
 
-    Rows from rows_left on and columns from `cols` on become zeros. rows_left None: every row is there.
+    glob: address of row 0; row_stride: bytes. Rows from end_row on and columns from `cols` on become zeros; end_row
+    None: every row is there.
     """
-    unit, first_row = thread % layout.units, thread // layout.units
+    unit, row = thread % layout.units, thread // layout.units
     rows_a_pass = num_threads // layout.units
     if rows_a_pass <= layout.rows:
-        places = [
-            (chunk, first_row + step * rows_a_pass)
-            for chunk in range(layout.chunks)
-            for step in range(layout.rows // rows_a_pass)
-        ]
+        steps = -(-layout.rows // rows_a_pass)
+        places = [(chunk, step * rows_a_pass) for chunk in range(layout.chunks) for step in range(steps)]
+        chunks_a_pass, own_chunk = 1, 0
     else:
         chunks_a_pass = rows_a_pass // layout.rows
-        first_chunk = first_row // layout.rows
-        places = [
-            (first_chunk + step * chunks_a_pass, first_row % layout.rows)
-            for step in range(-(-layout.chunks // chunks_a_pass))
-        ]
-    for chunk, row in places:
-        size, enabled = 16, None
-        if rows_left is not None:
-            size = Int32(row < rows_left) * 16
-        col = chunk * layout.chunk_cols + unit * VECTOR
+        own_chunk, row = row // layout.rows, row % layout.rows
+        places = [(chunk, 0) for chunk in range(0, layout.chunks, chunks_a_pass)]
+    # rows_a_pass is a multiple of 8, the swizzle's period, so one offset serves all passes
+    target = shared + own_chunk * layout.chunk_bytes + layout.unit_offset(row, unit)
+    col = (own_chunk * layout.chunk_cols + unit * VECTOR) * ELEMENT_BYTES
+    for chunk, row_offset in places:
+        size, enabled = None, None
+        if end_row is not None:
+            size = Int32(first_row + row + row_offset < end_row) * 16
+        col_offset = chunk * layout.chunk_cols * ELEMENT_BYTES
         if cols < layout.cols:
-            size = size * Int32(col < cols)
-        if not isinstance(chunk, int) and layout.chunks % (rows_a_pass // layout.rows):
-            enabled = Int32(chunk < layout.chunks)
+            size = (16 if size is None else size) * Int32(col + col_offset < cols * ELEMENT_BYTES)
+        if row_offset + rows_a_pass > layout.rows and chunks_a_pass == 1:
+            enabled = Int32(row + row_offset < layout.rows)
+        if chunk + chunks_a_pass > layout.chunks:
+            enabled = Int32(chunk + own_chunk < layout.chunks)
         cp_async_16(
-            shared + chunk * layout.chunk_bytes + layout.unit_offset(row, unit),
-            glob + Int64(row) * row_stride + Int64(col * ELEMENT_BYTES),
-            size,
-            enabled,
+            target,
+            glob,
+            first_row + row,
+            row_stride,
+            col,
+            shared_offset=chunk * layout.chunk_bytes + row_offset * layout.row_bytes,
+            row_offset=row_offset,
+            col_offset=col_offset,
+            size=size,
+            enabled=enabled,
         )

@@ -7,17 +7,20 @@ it to what SM120 can hold. Source: Dao, FlashAttention-2 (2023), algorithm 1, wi
 from __future__ import annotations
 
 import math
+from typing import TYPE_CHECKING
 
 import cutlass
 from cutlass import Float32, Int32, cute
 
 from flash_attn_sm120.device.block_range import block_range
+from flash_attn_sm120.device.mainloop import ForwardTile
 from flash_attn_sm120.device.scheduler import dense_tile, heads_in_l2, packed_tile
 from flash_attn_sm120.device.seqlen import sequence
 from flash_attn_sm120.device.tile import TileLayout, padded_head_dim
-from flash_attn_sm120.dispatch import Plan
-from flash_attn_sm120.kernels.forward_tile import ForwardTile
 from flash_attn_sm120.problem import AttentionProblem
+
+if TYPE_CHECKING:
+    from flash_attn_sm120.dispatch import Plan
 
 PTX_DTYPE = {"bfloat16": "bf16", "float16": "f16"}
 
@@ -97,7 +100,6 @@ class FlashAttentionForwardSm80:
     ):
         problem, plan = self.problem, self.plan
         heads = mQ.shape[1 if problem.packed_q else 2]
-        heads_kv = mK.shape[1 if problem.packed_k else 2]
         lane = cute.arch.lane_idx()
         block, block_y, _ = cute.arch.block_idx()
         if cutlass.const_expr(problem.packed_q):
@@ -110,14 +112,16 @@ class FlashAttentionForwardSm80:
             seq_q = sequence(mQ, tile.batch, mCuSeqlensQ, mSeqUsedQ)
             seq_k = sequence(mK, tile.batch, mCuSeqlensK, mSeqUsedK)
             lengths = (seq_q.length, seq_k.length)
-            blocks = block_range(problem.mask, tile.m_block, plan.tile_m, plan.tile_n, *lengths, window_left, window_right)
+            blocks = block_range(
+                problem.mask, tile.m_block, plan.tile_m, plan.tile_n, *lengths, window_left, window_right
+            )
             work = ForwardTile(self, mQ, mK, mV, tile, seq_q, seq_k, scale_log2, softcap, window_left, window_right)
             work.run(blocks)
             work.store(mO, mLSE)
 
 
 class FlashAttentionForwardSm120(FlashAttentionForwardSm80):
-    """The Sm80 kernel within SM120's limits; pack_gqa is off whatever the caller asked, as the base has no packed layout."""
+    """The Sm80 kernel within SM120's limits. pack_gqa is always off: the base has no packed layout for it to store."""
 
     def __init__(self, problem: AttentionProblem, plan: Plan):
         super().__init__(problem, plan)

@@ -1,15 +1,18 @@
-"""One Q tile against its KV blocks: the main loop that the plain forward kernel runs."""
+"""One Q tile against its KV blocks: loads, products and softmax in their order. The plain forward kernel runs it."""
 
 from __future__ import annotations
+
+import math
 
 import cutlass
 from cutlass import Float32, Int32, Int64, cute
 
 from flash_attn_sm120.device.block_range import BlockRange
 from flash_attn_sm120.device.epilogue import stage_output, store_lse, store_output
+from flash_attn_sm120.device.fragments import accumulators
 from flash_attn_sm120.device.gemm import pv_product, qk_product
 from flash_attn_sm120.device.mask import apply_mask
-from flash_attn_sm120.device.scheduler import Tile
+from flash_attn_sm120.device.scheduler import Tile, read_tile_note, write_tile_note
 from flash_attn_sm120.device.seqlen import Sequence, head_address
 from flash_attn_sm120.device.softmax import OnlineSoftmax, apply_softcap
 from flash_attn_sm120.device.tile import load_tile
@@ -55,21 +58,19 @@ class ForwardTile:
         self.q_rows = self.shared + self.warp_row * config.layout_q.row_bytes
         self.offset_k = config.layout_q.bytes
         self.offset_v = self.offset_k + plan.stages * config.layout_k.bytes
+        self.note = self.shared + plan.note_offset
 
         m_frags = config.warp_rows // 16
-        self.softmax = OnlineSoftmax(m_frags, scale_log2 if not problem.softcap else Float32(1.4426950408889634))
-        n_frags = config.layout_v.cols // 8
-        # (m, n, 4), the four values of a block adjacent as mma.sync holds them: other orders cost register moves
-        layout = cute.make_layout((m_frags, n_frags, 4), stride=(4 * n_frags, 4, 1))
-        self.tOrO = cute.make_rmem_tensor(layout, Float32)
+        self.softmax = OnlineSoftmax(m_frags, Float32(math.log2(math.e)) if problem.softcap else scale_log2)
+        self.tSrS = accumulators(m_frags, plan.tile_n // 8)
+        self.tOrO = accumulators(m_frags, config.layout_v.cols // 8)
         self.tOrO.fill(0.0)
 
     def load_q(self) -> None:
-        config, plan = self.config, self.config.plan
-        rows_left = self.seq_q.length - self.first_row
-        glob = self.q_address + Int64(self.first_row) * self.q_stride
-        cols = config.problem.head_dim
-        load_tile(config.layout_q, self.shared, glob, self.q_stride, self.thread, config.num_threads, cols, rows_left)
+        config = self.config
+        glob = (self.q_address, self.first_row, self.q_stride)
+        threads = (self.thread, config.num_threads)
+        load_tile(config.layout_q, self.shared, *glob, *threads, config.problem.head_dim, self.seq_q.length)
 
     def load_k(self, n: Int32, slot, checked: bool) -> None:
         config = self.config
@@ -82,10 +83,9 @@ class ForwardTile:
         self._load_kv(config.layout_v, shared, self.v_address, self.v_stride, n, config.problem.head_dim_v, checked)
 
     def _load_kv(self, layout, shared, address, stride, n, cols, checked) -> None:
-        first = n * layout.rows
-        rows_left = self.seq_k.length - first if checked else None
-        glob = address + Int64(first) * stride
-        load_tile(layout, shared, glob, stride, self.thread, self.config.num_threads, cols, rows_left)
+        threads = (self.thread, self.config.num_threads)
+        end_row = self.seq_k.length if checked else None
+        load_tile(layout, shared, address, n * layout.rows, stride, *threads, cols, end_row)
 
     @cute.jit
     def run(self, blocks: BlockRange):
@@ -94,18 +94,20 @@ class ForwardTile:
         right_edge = cutlass.max(blocks.right_edge, begin)
         left_edge = cutlass.min(blocks.left_edge, right_edge)
         self.load_q()
+        if self.thread == 0:
+            note = (self.first_row, self.tile.head, self.tile.batch, self.seq_q)
+            write_tile_note(self.note, *note)
         if begin < end:
             self.load_k(end - 1, 0, True)
             if cutlass.const_expr(self.config.plan.stages > 1):
                 self.load_v(end - 1, 0, True)
         cute.arch.cp_async_commit_group()
-        for i in cutlass.range(end - right_edge, unroll=1):
-            self.block(end - 1 - i, begin, end, True)
-        for i in cutlass.range(right_edge - left_edge, unroll=1):
-            self.block(right_edge - 1 - i, begin, end, False)
-        if cutlass.const_expr(self.config.problem.mask == "local"):
-            for i in cutlass.range(left_edge - begin, unroll=1):
-                self.block(left_edge - 1 - i, begin, end, True)
+        for i in cutlass.range(end - begin, unroll=1):
+            n = end - 1 - i
+            if (n >= right_edge) | (n < left_edge):
+                self.block(n, begin, end, True)
+            else:
+                self.block(n, begin, end, False)
         cute.arch.cp_async_wait_group(0)
         cute.arch.sync_threads()
 
@@ -124,43 +126,53 @@ class ForwardTile:
                 self.load_k(n - 1, 1 - slot, False)
                 self.load_v(n - 1, 1 - slot, False)
             cute.arch.cp_async_commit_group()
-        m_frags = config.warp_rows // 16
-        sQ = config.layout_q.matrix(self.q_rows, self.lane)
-        sK = config.layout_k.matrix(self.shared + slot * config.layout_k.bytes, self.lane, self.offset_k, rows_first=False)
-        tSrS = qk_product(sQ, sK, m_frags, config.dtype)
+        self.scores(slot)
         if cutlass.const_expr(config.plan.stages == 1):
             cute.arch.cp_async_wait_group(0)
             cute.arch.sync_threads()
             if n > begin:
                 self.load_k(n - 1, 0, False)
             cute.arch.cp_async_commit_group()
-        tOrP = self.probabilities(tSrS, n, masked)
-        sV = config.layout_v.matrix(self.shared + slot * config.layout_v.bytes, self.lane, self.offset_v)
+        self.accumulate(n, slot, masked)
+
+    def scores(self, slot) -> None:
+        config = self.config
+        sQ = config.layout_q.matrix(self.q_rows, self.lane)
+        shared = self.shared + slot * config.layout_k.bytes
+        sK = config.layout_k.matrix(shared, self.lane, self.offset_k, rows_first=False)
+        qk_product(sQ, sK, self.tSrS, config.dtype)
+
+    @cute.jit
+    def accumulate(self, n: Int32, slot, masked: cutlass.Constexpr):
+        config = self.config
+        if cutlass.const_expr(config.problem.softcap):
+            apply_softcap(self.tSrS, 2.0 * self.scale_log2 / self.softcap, self.softcap)
+        if cutlass.const_expr(masked):
+            self.mask(n)
+        tOrP = self.softmax.update(self.tSrS, self.tOrO, config.dtype)
+        shared = self.shared + slot * config.layout_v.bytes
+        sV = config.layout_v.matrix(shared, self.lane, self.offset_v)
         pv_product(sV, tOrP, self.tOrO, config.dtype)
 
-    def probabilities(self, tSrS: list, n: Int32, masked: bool) -> list:
-        config = self.config
-        if config.problem.softcap:
-            inner = 2.0 * self.scale_log2 / self.softcap
-            tSrS = apply_softcap(tSrS, inner, self.softcap)
-        if masked:
-            row, col = self.first_row + self.warp_row, n * config.plan.tile_n
-            bounds = (self.seq_k.length, self.shift, self.window_left, self.window_right)
-            tSrS = apply_mask(tSrS, row, col, self.lane, *bounds)
-        return self.softmax.update(tSrS, self.tOrO, config.dtype)
+    def mask(self, n: Int32) -> None:
+        row, col = self.first_row + self.warp_row, n * self.config.plan.tile_n
+        bounds = (self.seq_k.length, self.shift, self.window_left, self.window_right)
+        apply_mask(self.tSrS, row, col, self.lane, *bounds)
 
     def store(self, mO: cute.Tensor, mLSE: cute.Tensor | None) -> None:
         """Rows beyond the used length but inside the sequence's room become 0 and -inf."""
         config = self.config
         problem, layout = config.problem, config.layout_o
-        row = self.first_row + self.warp_row
-        factors, lses = self.softmax.finish(row + self.lane // 4, self.seq_q.length)
+        first_row, head, batch, seq_q = read_tile_note(self.note)
+        row = first_row + self.warp_row
+        factors, lses = self.softmax.finish(row + self.lane // 4, seq_q.length)
         shared = self.shared + self.warp_row * layout.row_bytes
         stage_output(layout, shared, self.tOrO, factors, self.lane, config.dtype)
         cute.arch.sync_warp()
-        address, stride = head_address(mO, self.seq_q, self.tile.head, problem.packed_q)
-        glob = address + Int64(row) * stride
-        rows_left = self.seq_q.room - row
+        address, stride = head_address(mO, seq_q, head, problem.packed_q)
+        glob = address + Int64(row) * Int64(stride)
+        rows_left = seq_q.room - row
         store_output(layout, shared, config.warp_rows, glob, stride, self.lane, rows_left, problem.head_dim_v)
         if mLSE is not None:
-            store_lse(mLSE, problem.packed_q, self.tile, self.seq_q, row, lses, self.lane, rows_left)
+            place = (head, batch, seq_q.start, row)
+            store_lse(mLSE, problem.packed_q, *place, lses, self.lane, rows_left)

@@ -1,0 +1,23 @@
+"""Timing on a GPU: CUDA events, warm-up, medians, and several input sets in turn so that L2 is not measured."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from itertools import cycle
+from statistics import median
+
+import torch
+
+
+def median_ms(call: Callable[..., object], inputs: list[tuple], repeats: int = 20, warm_up: int = 5) -> float:
+    """Median milliseconds of call(*inputs[i]), the input sets taken in turn."""
+    sets = cycle(inputs)
+    for _ in range(warm_up):
+        call(*next(sets))
+    pairs = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(repeats)]
+    for start, end in pairs:
+        start.record()
+        call(*next(sets))
+        end.record()
+    torch.cuda.synchronize()
+    return median(start.elapsed_time(end) for start, end in pairs)

@@ -1,0 +1,45 @@
+"""Every variant compiles for both targets without spilling, and an SM holds as many blocks as the plan says."""
+
+import threading
+
+import pytest
+
+from flash_attn_sm120 import compile as compiler
+from flash_attn_sm120 import cubin
+from flash_attn_sm120.dispatch import choose, variants
+from flash_attn_sm120.occupancy import RESERVED_BYTES, occupancy
+from flash_attn_sm120.problem import AttentionProblem
+
+
+def name(problem: AttentionProblem) -> str:
+    flags = ("softcap", "lse", "packed_q", "packed_k", "seqused_q", "seqused_k")
+    on = [flag for flag in flags if getattr(problem, flag)]
+    return "-".join([problem.dtype, f"{problem.head_dim}x{problem.head_dim_v}", problem.mask, *on])
+
+
+@pytest.mark.parametrize("arch", ["sm_120a", "sm_121a"])
+@pytest.mark.parametrize("problem", variants(), ids=name)
+def test_variant_has_no_stack_and_two_matrix_warps_a_sub_partition(problem, arch):
+    plan = choose(problem)
+    (kernel,) = cubin.read(compiler.build(problem, plan, arch, keep=True).__cubin__)
+    assert kernel.stack_bytes == 0
+    assert kernel.shared_bytes == RESERVED_BYTES  # of static shared memory, only what the driver reserves
+    held = occupancy(kernel.registers, plan.num_warps, plan.smem_bytes)
+    assert held.blocks >= plan.blocks_per_sm
+    assert held.warps_a_sub_partition >= 2
+
+
+def test_a_problem_is_compiled_once_however_many_threads_ask(monkeypatch):
+    problem = AttentionProblem("bfloat16", 24, 24)
+    built = []
+    monkeypatch.setattr(compiler, "build", lambda *arguments: built.append(arguments) or object())
+    monkeypatch.setattr(compiler, "_loaded", {})
+    found = []
+    threads = [threading.Thread(target=lambda: found.append(compiler.load(problem, "sm_120a"))) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(built) == 1
+    assert len(set(map(id, found))) == 1
+    assert compiler.load(problem, "sm_121a") is not found[0]
