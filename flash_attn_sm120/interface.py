@@ -244,15 +244,18 @@ def _aligned(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def _writable(out: torch.Tensor, *inputs: torch.Tensor) -> torch.Tensor:
-    """out itself, or a temporary where the kernel can't write it directly or would overwrite what it still reads."""
+    """out itself, or a temporary where the kernel can't write it directly or would overwrite what it still reads.
+
+    The temporary starts as a copy, as rows of a packed out that belong to no sequence keep what they hold.
+    """
     first, last = _extent(out)
     for tensor in inputs:
         begin, end = _extent(tensor)
         if begin < last and first < end:
-            return torch.empty(out.shape, dtype=out.dtype, device=out.device)
+            return out.clone(memory_format=torch.contiguous_format)
     strides = out.stride()
     if any(stride % 8 for stride in strides[:-1]) or first % 16 or strides[-3] >= MAX_ROW_STRIDE:
-        return torch.empty(out.shape, dtype=out.dtype, device=out.device)
+        return out.clone(memory_format=torch.contiguous_format)
     return out
 
 
