@@ -113,6 +113,8 @@ def flash_attn_varlen_func(
     """
     if later:
         checks.check_later("flash_attn_varlen_func", later)
+    checks.check_max_seqlen("max_seqlen_q", max_seqlen_q)
+    checks.check_max_seqlen("max_seqlen_k", max_seqlen_k)
     lengths = (cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k, max_seqlen_q, max_seqlen_k)
     return _forward(q, k, v, lengths, softmax_scale, causal, window_size, softcap, out, return_lse)
 
@@ -159,12 +161,9 @@ def _forward(
         checks.check_forward_only(q, k, v, out)
         q, k, v = q.detach(), k.detach(), v.detach()
     cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k, max_seqlen_q, max_seqlen_k = lengths
-    if lengths is not DENSE:
-        checks.check_max_seqlen("max_seqlen_q", max_seqlen_q)
-        checks.check_max_seqlen("max_seqlen_k", max_seqlen_k)
-        if checks.value_checks_on():
-            checks.check_length_values("q", q, cu_seqlens_q, seqused_q, max_seqlen_q)
-            checks.check_length_values("k", k, cu_seqlens_k, seqused_k, max_seqlen_k)
+    if lengths is not DENSE and checks.value_checks_on():
+        checks.check_length_values("q", q, cu_seqlens_q, seqused_q, max_seqlen_q)
+        checks.check_length_values("k", k, cu_seqlens_k, seqused_k, max_seqlen_k)
 
     result = q.new_empty(call.out_shape) if out is None else out
     lse = q.new_empty(call.lse_shape, dtype=torch.float32) if return_lse else None
