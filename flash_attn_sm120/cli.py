@@ -231,6 +231,8 @@ def measure(problem: AttentionProblem, arch: str) -> tuple[tuple[str, ...], bool
         complaints.append("spills")
     if held.matrix_warps < 2 * SUB_PARTITIONS:
         complaints.append(f"too few matrix warps ({held.limit})")
+    elif held.blocks < plan.blocks_per_sm:
+        complaints.append(f"{plan.blocks_per_sm} blocks planned ({held.limit})")
     row = (
         arch, label(problem), plan.kernel, f"{plan.tile_m}x{plan.tile_n}", plan.num_warps, registers, stack,
         f"{shared / 1024:.1f}", held.blocks, held.matrix_warps, ", ".join(complaints) or "ok",

@@ -2,10 +2,7 @@
 
 import os
 import tempfile
-from collections.abc import Callable
-from contextlib import ExitStack
 from dataclasses import dataclass
-from functools import cache
 
 import pytest
 import torch
@@ -15,12 +12,6 @@ scratch = tempfile.TemporaryDirectory(prefix="flash_attn_sm120_")
 os.environ.setdefault("CUTE_DSL_DUMP_DIR", scratch.name)
 
 from flash_attn_sm120 import interface  # noqa: E402
-
-ARCH = "sm_120a"
-ARGUMENTS = (
-    "q", "k", "v", "out", "lse", "cu_seqlens_q", "cu_seqlens_k", "seqused_q", "seqused_k",
-    "softmax_scale", "softcap", "window_left", "window_right",
-)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -34,17 +25,6 @@ class Device:
         return full if self.size == "full" else short
 
 
-@cache
-def simulated(problem) -> Callable:
-    """A launcher's arguments to the compiled kernel, run by the simulator."""
-    from flash_attn_sm120 import simulator
-    from flash_attn_sm120.compile import build
-    from flash_attn_sm120.dispatch import choose
-
-    artifact = build(problem, choose(problem), ARCH, keep=True)
-    return lambda *arguments: simulator.launch(artifact, arguments, names=ARGUMENTS)
-
-
 @pytest.fixture
 def device():
     if torch.cuda.is_available():
@@ -54,9 +34,7 @@ def device():
         from flash_attn_sm120.simulator import simulate
     except ImportError:
         pytest.skip("needs a CUDA device or flash_attn_sm120.simulator, and there is neither")
-    with ExitStack() as stack:
-        stack.enter_context(simulate(ARCH))
-        stack.enter_context(interface.launches_on_cpu(simulated))
+    with simulate("sm_120a"):
         yield Device(torch.device("cpu"), "short")
 
 

@@ -88,10 +88,9 @@ def test_padded_rows_are_blank(device):
         assert_blank(out[b, rows:], lse[b, :, rows:])
 
 
-def test_packed_rows_past_the_last_sequence_are_left_alone(device):
-    on = device.torch_device
-    q, k = rand(on, 60, 2, 64), rand(on, 60, 2, 64)
-    where = marks(on, 20, 25)
+def test_packed_rows_past_the_last_sequence_are_left_alone(gpu):
+    q, k = rand(gpu, 60, 2, 64), rand(gpu, 60, 2, 64)
+    where = marks(gpu, 20, 25)
     assert_right(q, k, k, cu_seqlens_q=where, cu_seqlens_k=where)
 
 

@@ -1,0 +1,41 @@
+# make demo, make test: each sets up what it needs in .venv first. PYTHON names the interpreter to start from, 3.10 to 3.13.
+
+PYTHON ?= python3
+RUN := .venv/bin/python
+READY := .venv/ready
+
+.PHONY: demo test lint clean
+
+demo: $(READY)
+	$(RUN) -m flash_attn_sm120 doctor || true
+	@if $(RUN) -c "import torch, sys; sys.exit(not torch.cuda.is_available())"; then \
+		$(RUN) -m flash_attn_sm120 check; \
+	else \
+		$(RUN) -m flash_attn_sm120 compile --arch sm_120a,sm_121a; \
+	fi
+
+test: $(READY) lint
+	$(RUN) -m pytest -q
+
+lint: $(READY)
+	$(RUN) -m ruff check .
+	$(RUN) -m ruff format --check .
+
+# A PyTorch that already drives a GPU is its owner's choice and stays; else torch comes first and by itself, so that
+# nothing that is installed after it picks another build.
+$(READY): pyproject.toml constraints.txt
+	@$(PYTHON) -c "import sys; sys.exit(not (3, 10) <= sys.version_info[:2] < (3, 14))" || \
+		{ echo "flash_attn_sm120 needs Python 3.10 to 3.13; say which with make PYTHON=..."; exit 1; }
+	@if $(PYTHON) -c "import sys, torch; sys.exit(not torch.cuda.is_available())" 2>/dev/null; then \
+		$(PYTHON) -m venv --system-site-packages .venv && \
+		grep -v '^torch==' constraints.txt > .venv/constraints.txt && \
+		$(PYTHON) -c "import torch; print('torch==' + torch.__version__)" >> .venv/constraints.txt; \
+	else \
+		$(PYTHON) -m venv .venv && cp constraints.txt .venv/constraints.txt && \
+		$(RUN) -m pip install -q torch==$$(sed -n 's/^torch==//p' constraints.txt); \
+	fi
+	$(RUN) -m pip install -q -c .venv/constraints.txt -e ".[cu13,test]"
+	@touch $@
+
+clean:
+	rm -rf .venv build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
