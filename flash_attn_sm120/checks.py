@@ -20,7 +20,8 @@ from flash_attn_sm120.problem import MAX_HEAD_DIM
 DTYPE_NAMES = {torch.bfloat16: "bfloat16", torch.float16: "float16"}
 UNBOUNDED = 2**30
 FLOAT32 = torch.finfo(torch.float32)
-CHECK_VARIABLE = "FLASH_ATTN_SM120_CHECK"
+# Whether the contents of length tensors are checked, which waits for the device.
+VALUE_CHECKS = os.environ.get("FLASH_ATTN_SM120_CHECK") == "1"
 
 # Accepted by name for callers of other packages; a value outside the tuple asks for what isn't offered yet.
 LATER = {
@@ -166,10 +167,6 @@ def check_max_seqlen(name: str, value: Any) -> None:
         refuse(name, "int or None", describe(value), TypeError)
     if value < 0:
         refuse(name, "an int >= 0", value)
-
-
-def value_checks_on() -> bool:
-    return os.environ.get(CHECK_VARIABLE) == "1"
 
 
 def check_length_values(

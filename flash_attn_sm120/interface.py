@@ -22,6 +22,7 @@ MAX_CALLS = 4096  # kept; a server sees few, a sweep over lengths starts anew
 DENSE = (None,) * 6
 
 _calls: dict[tuple, _Call] = {}
+_launchers: dict[tuple, Callable] = {}
 _targets: dict[int, str] = {}
 _lock = threading.Lock()
 _cpu_load: Callable[[AttentionProblem], Callable] | None = None
@@ -107,9 +108,9 @@ def flash_attn_varlen_func(
     written.
 
     Raises as flash_attn_func does. What the length tensors contain is on the device, and reading it would wait for the
-    GPU: with FLASH_ATTN_SM120_CHECK=1 in the environment it is checked on every call (first value 0, never falling,
-    within the tensor, seqused within its sequence, max_seqlen not too small); otherwise the kernel clamps the values so
-    that nothing outside the tensors is touched.
+    GPU: with FLASH_ATTN_SM120_CHECK=1 in the environment at import it is checked on every call (first value 0, never
+    falling, within the tensor, seqused within its sequence, max_seqlen not too small); otherwise the kernel clamps the
+    values so that nothing outside the tensors is touched.
     """
     if later:
         checks.check_later("flash_attn_varlen_func", later)
@@ -147,7 +148,12 @@ def _forward(
     options = (softmax_scale, causal, window_size, softcap, return_lse)
     try:
         # True == 1 and hashes alike, but only one of them is a bool
-        key = (*map(_signature, (q, k, v, out, *lengths[:4])), *options, causal.__class__, return_lse.__class__)
+        key = (
+            q.shape, q.stride(), q.dtype, q.get_device(), k.shape, k.stride(), k.dtype, k.get_device(),
+            v.shape, v.stride(), v.dtype, v.get_device(), _signature(out),
+            lengths if lengths is DENSE else tuple(map(_signature, lengths[:4])),
+            options, causal.__class__, return_lse.__class__,
+        )  # fmt: skip
         call = _calls.get(key)
     except (AttributeError, TypeError):
         key = call = None
@@ -161,14 +167,14 @@ def _forward(
         checks.check_forward_only(q, k, v, out)
         q, k, v = q.detach(), k.detach(), v.detach()
     cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k, max_seqlen_q, max_seqlen_k = lengths
-    if lengths is not DENSE and checks.value_checks_on():
+    if checks.VALUE_CHECKS and lengths is not DENSE:
         checks.check_length_values("q", q, cu_seqlens_q, seqused_q, max_seqlen_q)
         checks.check_length_values("k", k, cu_seqlens_k, seqused_k, max_seqlen_k)
 
     result = q.new_empty(call.out_shape) if out is None else out
     lse = q.new_empty(call.lse_shape, dtype=torch.float32) if return_lse else None
     if call.launcher is not None:
-        target = result if out is None else _target_for(out, q, k, v, call)
+        target = result if out is None else _target_for(out, q, k, v, call, cu_seqlens_q is not None)
         if not call.readable or (q.data_ptr() | k.data_ptr() | v.data_ptr()) % 16:
             q, k, v = _aligned(q), _aligned(k), _aligned(v)
         arguments = (q, k, v, target, lse, cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k, *call.numbers)
@@ -182,11 +188,9 @@ def _forward(
     return (result, lse) if return_lse else result
 
 
-def _signature(value: Any) -> Any:
-    """A tensor without its address and contents; other values, such as None, as they are."""
-    if isinstance(value, torch.Tensor):
-        return value.shape, value.stride(), value.dtype, value.device
-    return value
+def _signature(tensor: torch.Tensor | None) -> tuple | None:
+    """A tensor without its address and contents."""
+    return None if tensor is None else (tensor.shape, tensor.stride(), tensor.dtype, tensor.get_device())
 
 
 def _prepare(
@@ -253,12 +257,16 @@ def _load(
     """The launcher for a problem on this device."""
     _check_device(device)
     features = (mask, softcap, lse, packed_q, packed_k, seqused_q, seqused_k)
-    problem = AttentionProblem(checks.DTYPE_NAMES[dtype], head_dim, head_dim_v, *features)
-    if device.type == "cpu":
-        return _cpu_load(problem)
-    from flash_attn_sm120.compile import load
+    key = (dtype, head_dim, head_dim_v, *features, device)
+    launcher = _launchers.get(key)
+    if launcher is None:
+        problem = AttentionProblem(checks.DTYPE_NAMES[dtype], head_dim, head_dim_v, *features)
+        if device.type == "cpu":
+            return _cpu_load(problem)
+        from flash_attn_sm120.compile import load
 
-    return load(problem, _target(device.index))
+        launcher = _launchers[key] = load(problem, _target(device.index))
+    return launcher
 
 
 def _check_device(device: torch.device) -> None:
@@ -299,7 +307,9 @@ def _aligned(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.clone(memory_format=torch.contiguous_format)
 
 
-def _target_for(out: torch.Tensor, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, call: _Call) -> torch.Tensor:
+def _target_for(
+    out: torch.Tensor, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, call: _Call, packed: bool
+) -> torch.Tensor:
     """out itself, or a temporary where the kernel can't write it directly or would overwrite what it still reads."""
     *reaches, reach = call.reaches
     first = out.data_ptr()
@@ -309,6 +319,8 @@ def _target_for(out: torch.Tensor, q: torch.Tensor, k: torch.Tensor, v: torch.Te
     )
     if apart and call.writable and first % 16 == 0:
         return out.detach() if out.requires_grad else out
+    if packed:  # rows that no sequence names keep what they hold
+        return out.detach().clone(memory_format=torch.contiguous_format)
     return torch.empty(out.shape, dtype=out.dtype, device=out.device)
 
 
