@@ -161,7 +161,7 @@ def _check_length_tensor(name: str, tensor: Any, device: torch.device, size: str
 
 def check_max_seqlen(name: str, value: Any) -> None:
     """A hint that the kernels don't need; still, a wrong one is a caller's mistake."""
-    if value is None:
+    if value is None or (value.__class__ is int and value >= 0):
         return
     if isinstance(value, (bool, torch.Tensor)) or not isinstance(value, numbers.Integral):
         refuse(name, "int or None", describe(value), TypeError)

@@ -129,7 +129,7 @@ class _Call(NamedTuple):
     numbers: tuple[float, float, int, int]  # softmax_scale, softcap, window_left, window_right
     readable: bool  # q, k and v have strides that the kernel can follow
     writable: bool  # out, if given, has
-    reaches: tuple[int, ...]  # bytes that q, k, v and out extend over
+    reaches: tuple[int, ...]  # bytes that q, k, v and out extend over, where out is given
     device_index: int | None
 
 
@@ -228,7 +228,6 @@ def _prepare(
     lse_shape = None
     if return_lse:
         lse_shape = (q.shape[1], q.shape[0]) if packed_q else (q.shape[0], q.shape[2], q.shape[1])
-    tensors = (q, k, v) if out is None else (q, k, v, out)
     return _Call(
         launcher,
         (*q.shape[:-1], head_dim_v),
@@ -236,7 +235,7 @@ def _prepare(
         (softmax_scale, softcap, window_left, window_right),
         readable=all(map(_has_whole_strides, (q, k, v))),
         writable=out is None or _has_whole_strides(out),
-        reaches=tuple(map(_reach, tensors)),
+        reaches=() if out is None else tuple(map(_reach, (q, k, v, out))),
         device_index=q.device.index if q.is_cuda else None,
     )
 
