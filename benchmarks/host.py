@@ -5,6 +5,7 @@ python benchmarks/host.py
 
 from __future__ import annotations
 
+import itertools
 import statistics
 import time
 from collections.abc import Callable
@@ -13,6 +14,9 @@ import torch
 import torch.nn.functional as F
 
 from flash_attn_sm120 import flash_attn_func, flash_attn_varlen_func
+from flash_attn_sm120.checks import target_of
+from flash_attn_sm120.compile import load
+from flash_attn_sm120.problem import AttentionProblem
 
 
 def host_us(call: Callable[[], object], calls: int = 200, rounds: int = 15) -> float:
@@ -41,6 +45,16 @@ def main() -> None:
         "flash_attn_varlen_func": lambda: flash_attn_varlen_func(packed, packed, packed, marks, marks, 16, 16),
         "torch SDPA": lambda: F.scaled_dot_product_attention(heads_first, heads_first, heads_first),
     }
+    launcher = load(AttentionProblem("bfloat16", 128, 128), target_of(torch.cuda.get_device_capability()))
+    calls["the launcher alone"] = lambda: launcher(q, q, q, out, None, None, None, None, None, 0.1, 0.0, 0, 0)
+    longer = torch.randn(1, 5000, 2, 128, device="cuda", dtype=torch.bfloat16)
+    lengths = itertools.count(1)
+
+    def never_seen() -> torch.Tensor:
+        keys = longer[:, : next(lengths)]
+        return flash_attn_func(q, keys, keys)
+
+    calls["flash_attn_func, lengths never seen"] = lambda: never_seen()
     print("| call | host us |\n| --- | --- |")
     for name, call in calls.items():
         print(f"| {name} | {host_us(call):.1f} |")

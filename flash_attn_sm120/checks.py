@@ -20,7 +20,8 @@ from flash_attn_sm120.problem import MAX_HEAD_DIM
 DTYPE_NAMES = {torch.bfloat16: "bfloat16", torch.float16: "float16"}
 UNBOUNDED = 2**30
 FLOAT32 = torch.finfo(torch.float32)
-CHECK_VARIABLE = "FLASH_ATTN_SM120_CHECK"
+# Whether the contents of length tensors are checked, which waits for the device.
+VALUE_CHECKS = os.environ.get("FLASH_ATTN_SM120_CHECK") == "1"
 
 # Accepted by name for callers of other packages; a value outside the tuple asks for what isn't offered yet.
 LATER = {
@@ -160,17 +161,12 @@ def _check_length_tensor(name: str, tensor: Any, device: torch.device, size: str
 
 def check_max_seqlen(name: str, value: Any) -> None:
     """A hint that the kernels don't need; still, a wrong one is a caller's mistake."""
-    if value is None:
+    if value is None or (value.__class__ is int and value >= 0):
         return
-    # The exact type first, here and below: asking the abstract one takes a tenth of a call's time.
-    if type(value) is not int and (isinstance(value, bool) or not isinstance(value, numbers.Integral)):
+    if isinstance(value, (bool, torch.Tensor)) or not isinstance(value, numbers.Integral):
         refuse(name, "int or None", describe(value), TypeError)
     if value < 0:
         refuse(name, "an int >= 0", value)
-
-
-def value_checks_on() -> bool:
-    return os.environ.get(CHECK_VARIABLE) == "1"
 
 
 def check_length_values(
@@ -223,9 +219,7 @@ def check_softcap(value: Any) -> float:
 
 
 def _real(name: str, value: Any) -> float:
-    if type(value) is float:
-        return value
-    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+    if isinstance(value, (bool, torch.Tensor)) or not isinstance(value, numbers.Real):
         refuse(name, "a number", describe(value), TypeError)
     return float(value)
 
@@ -241,8 +235,8 @@ def check_mask(causal: Any, window_size: Any) -> tuple[str, int, int]:
     causal makes the right side 0; a window that is only that is the causal mask.
     """
     check_flag("causal", causal)
-    if window_size is None or window_size == (-1, -1):
-        return ("causal", UNBOUNDED, 0) if causal else ("full", UNBOUNDED, UNBOUNDED)
+    if window_size is None:
+        window_size = (-1, -1)
     if not isinstance(window_size, (tuple, list)):
         refuse("window_size", "(left, right)", describe(window_size), TypeError)
     if len(window_size) != 2:
@@ -280,8 +274,6 @@ def check_out(out: Any, q: torch.Tensor, head_dim_v: int) -> None:
         refuse("out", f"shape {shape}", describe(out))
     if out.device != q.device:
         refuse("out", f"a tensor on {q.device} as q", describe(out))
-    if out.is_contiguous():
-        return
     if out.stride(-1) != 1:
         refuse("out", "a last dimension of stride 1", f"strides {out.stride()}")
     reach = 0

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import argparse
-import os
 import platform
 import shutil
 import subprocess
-import tempfile
 from collections.abc import Sequence
 from importlib import metadata
 from pathlib import Path
@@ -191,13 +189,10 @@ def run_check(device: str, seed: int) -> int:
 
 def run_compile(arches: Sequence[str]) -> int:
     """Every variant for each target. 1 if one spills or keeps fewer than two matrix warps on a sub-partition."""
-    # The compiler leaves copies of what it keeps in this directory, by default the current one.
-    with tempfile.TemporaryDirectory() as scratch:
-        os.environ.setdefault("CUTE_DSL_DUMP_DIR", scratch)
-        from flash_attn_sm120.dispatch import variants
+    from flash_attn_sm120.dispatch import variants
 
-        jobs = [(arch, problem) for arch in arches for problem in variants()]
-        measured = [measure(problem, arch) for arch, problem in progress(jobs, "compile")]
+    jobs = [(arch, problem) for arch in arches for problem in variants()]
+    measured = [measure(problem, arch) for arch, problem in progress(jobs, "compile")]
     header = (
         "target", "variant", "kernel", "tile", "warps", "registers", "stack", "shared KB", "blocks/SM",
         "matrix warps/SM", "verdict",

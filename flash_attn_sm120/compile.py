@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tempfile
 import threading
 from collections.abc import Callable
 
@@ -38,11 +39,14 @@ def load(problem: AttentionProblem, arch: str) -> Callable:
 
 def build(problem: AttentionProblem, plan: Plan, arch: str, keep: bool = False):
     """Compiles for `arch`, with or without a GPU here. keep: the result carries __ptx__ and __cubin__."""
-    options = f"--enable-tvm-ffi --gpu-arch {arch}"
-    if keep:
-        options += " --keep-ptx --keep-cubin"
     kernel = KERNELS[plan.kernel](problem, plan)
-    return cute.compile(kernel, *_signature(problem), options=options)
+    options = f"--enable-tvm-ffi --gpu-arch {arch}"
+    if not keep:
+        return cute.compile(kernel, *_signature(problem), options=options)
+    # What is kept is written to files too, by default in the current directory.
+    with tempfile.TemporaryDirectory() as folder:
+        options += f" --keep-ptx --keep-cubin --dump-dir {folder}"
+        return cute.compile(kernel, *_signature(problem), options=options)
 
 
 def _signature(problem: AttentionProblem) -> tuple:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -18,6 +18,10 @@ from flash_attn_sm120.problem import AttentionProblem
 
 MAX_ROW_STRIDE = 2**30  # elements; the kernels count the bytes from row to row in 31 bits
 
+MAX_CALLS = 4096  # kept; a server sees few, a sweep over lengths starts anew
+DENSE = (None,) * 6
+
+_calls: dict[tuple, _Call] = {}
 _launchers: dict[tuple, Callable] = {}
 _targets: dict[int, str] = {}
 _lock = threading.Lock()
@@ -66,7 +70,7 @@ def flash_attn_func(
     if isinstance(q, torch.Tensor) and q.dim() == 3:
         hint = f"{checks.describe(q)} (packed tensors go to flash_attn_varlen_func)"
         checks.refuse("q", "(batch, seqlen_q, heads, head_dim)", hint)
-    return _forward(q, k, v, (None,) * 6, softmax_scale, causal, window_size, softcap, out, return_lse)
+    return _forward(q, k, v, DENSE, softmax_scale, causal, window_size, softcap, out, return_lse)
 
 
 def flash_attn_varlen_func(
@@ -104,14 +108,29 @@ def flash_attn_varlen_func(
     written.
 
     Raises as flash_attn_func does. What the length tensors contain is on the device, and reading it would wait for the
-    GPU: with FLASH_ATTN_SM120_CHECK=1 in the environment it is checked on every call (first value 0, never falling,
-    within the tensor, seqused within its sequence, max_seqlen not too small); otherwise the kernel clamps the values so
-    that nothing outside the tensors is touched.
+    GPU: with FLASH_ATTN_SM120_CHECK=1 in the environment at import it is checked on every call (first value 0, never
+    falling, within the tensor, seqused within its sequence, max_seqlen not too small); otherwise the kernel clamps the
+    values so that nothing outside the tensors is touched.
     """
     if later:
         checks.check_later("flash_attn_varlen_func", later)
+    checks.check_max_seqlen("max_seqlen_q", max_seqlen_q)
+    checks.check_max_seqlen("max_seqlen_k", max_seqlen_k)
     lengths = (cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k, max_seqlen_q, max_seqlen_k)
     return _forward(q, k, v, lengths, softmax_scale, causal, window_size, softcap, out, return_lse)
+
+
+class _Call(NamedTuple):
+    """What all calls with the same arguments but for addresses and contents have in common; checked once."""
+
+    launcher: Callable | None  # None: there is nothing to compute
+    out_shape: tuple[int, ...]
+    lse_shape: tuple[int, ...] | None
+    numbers: tuple[float, float, int, int]  # softmax_scale, softcap, window_left, window_right
+    readable: bool  # q, k and v have strides that the kernel can follow
+    writable: bool  # out, if given, has
+    reaches: tuple[int, ...]  # bytes that q, k, v and out extend over, where out is given
+    device_index: int | None
 
 
 def _forward(
@@ -126,11 +145,70 @@ def _forward(
     out: torch.Tensor | None,
     return_lse: bool,
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+    options = (softmax_scale, causal, window_size, softcap, return_lse)
+    try:
+        # True == 1 and hashes alike, but only one of them is a bool
+        key = (
+            q.shape, q.stride(), q.dtype, q.get_device(), k.shape, k.stride(), k.dtype, k.get_device(),
+            v.shape, v.stride(), v.dtype, v.get_device(), _signature(out),
+            lengths if lengths is DENSE else tuple(map(_signature, lengths[:4])),
+            options, causal.__class__, return_lse.__class__,
+        )  # fmt: skip
+        call = _calls.get(key)
+    except (AttributeError, TypeError):
+        key = call = None
+    if call is None:
+        call = _prepare(q, k, v, lengths, *options, out)
+        if key is not None:
+            if len(_calls) >= MAX_CALLS:
+                _calls.clear()
+            _calls[key] = call
+    if q.requires_grad or k.requires_grad or v.requires_grad or (out is not None and out.requires_grad):
+        checks.check_forward_only(q, k, v, out)
+        q, k, v = q.detach(), k.detach(), v.detach()
     cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k, max_seqlen_q, max_seqlen_k = lengths
+    if checks.VALUE_CHECKS and lengths is not DENSE:
+        checks.check_length_values("q", q, cu_seqlens_q, seqused_q, max_seqlen_q)
+        checks.check_length_values("k", k, cu_seqlens_k, seqused_k, max_seqlen_k)
+
+    result = q.new_empty(call.out_shape) if out is None else out
+    lse = q.new_empty(call.lse_shape, dtype=torch.float32) if return_lse else None
+    if call.launcher is not None:
+        target = result if out is None else _target_for(out, q, k, v, call, cu_seqlens_q is not None)
+        if not call.readable or (q.data_ptr() | k.data_ptr() | v.data_ptr()) % 16:
+            q, k, v = _aligned(q), _aligned(k), _aligned(v)
+        arguments = (q, k, v, target, lse, cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k, *call.numbers)
+        if call.device_index is not None and call.device_index != torch.cuda.current_device():
+            with torch.cuda.device(call.device_index):
+                call.launcher(*arguments)
+        else:
+            call.launcher(*arguments)
+        if out is not None and target.data_ptr() != out.data_ptr():
+            out.detach().copy_(target)
+    return (result, lse) if return_lse else result
+
+
+def _signature(tensor: torch.Tensor | None) -> tuple | None:
+    """A tensor without its address and contents."""
+    return None if tensor is None else (tensor.shape, tensor.stride(), tensor.dtype, tensor.get_device())
+
+
+def _prepare(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    lengths: tuple,
+    softmax_scale: float | None,
+    causal: bool,
+    window_size: tuple[int | None, int | None],
+    softcap: float,
+    return_lse: bool,
+    out: torch.Tensor | None,
+) -> _Call:
+    """Every check that needs no address and no contents; finds the launcher."""
+    cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k, *_ = lengths
     checks.check_tensors(q, k, v, cu_seqlens_q, cu_seqlens_k)
     batch = checks.check_lengths(q, k, cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k)
-    checks.check_max_seqlen("max_seqlen_q", max_seqlen_q)
-    checks.check_max_seqlen("max_seqlen_k", max_seqlen_k)
     head_dim, head_dim_v = q.shape[-1], v.shape[-1]
     softmax_scale = checks.check_softmax_scale(softmax_scale, head_dim)
     softcap = checks.check_softcap(softcap)
@@ -138,47 +216,28 @@ def _forward(
     checks.check_flag("return_lse", return_lse)
     if out is not None:
         checks.check_out(out, q, head_dim_v)
-    if q.requires_grad or k.requires_grad or v.requires_grad or (out is not None and out.requires_grad):
-        checks.check_forward_only(q, k, v, out)
-        q, k, v = q.detach(), k.detach(), v.detach()
+    checks.check_forward_only(q, k, v, out)
 
     packed_q, packed_k = cu_seqlens_q is not None, cu_seqlens_k is not None
-    varlen = packed_q or packed_k or seqused_q is not None or seqused_k is not None
-    if varlen and checks.value_checks_on():
-        checks.check_length_values("q", q, cu_seqlens_q, seqused_q, max_seqlen_q)
-        checks.check_length_values("k", k, cu_seqlens_k, seqused_k, max_seqlen_k)
-
-    empty = batch == 0 or q.shape[0 if packed_q else 1] == 0
-    if empty:
+    launcher = None
+    if batch == 0 or q.shape[0 if packed_q else 1] == 0:
         _check_device(q.device)
     else:
-        key = (
-            q.dtype, head_dim, head_dim_v, mask, softcap != 0.0, return_lse, packed_q, packed_k,
-            seqused_q is not None, seqused_k is not None, q.device,
-        )  # fmt: skip
-        launcher = _launchers.get(key) or _load(*key)
-
-    result = q.new_empty((*q.shape[:-1], head_dim_v)) if out is None else out
-    lse = None
+        features = (mask, softcap != 0.0, return_lse, packed_q, packed_k, seqused_q is not None, seqused_k is not None)
+        launcher = _load(q.dtype, head_dim, head_dim_v, *features, q.device)
+    lse_shape = None
     if return_lse:
-        shape = (q.shape[1], q.shape[0]) if packed_q else (q.shape[0], q.shape[2], q.shape[1])
-        lse = q.new_empty(shape, dtype=torch.float32)
-    if not empty:
-        target = result
-        if out is not None:
-            target = _writable(out.detach() if out.requires_grad else out, q, k, v)
-        arguments = (
-            _aligned(q), _aligned(k), _aligned(v), target, lse, cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k,
-            softmax_scale, softcap, window_left, window_right,
-        )  # fmt: skip
-        if q.is_cuda and q.get_device() != torch.cuda.current_device():
-            with torch.cuda.device(q.device):
-                launcher(*arguments)
-        else:
-            launcher(*arguments)
-        if out is not None and target.data_ptr() != out.data_ptr():
-            out.detach().copy_(target)
-    return (result, lse) if return_lse else result
+        lse_shape = (q.shape[1], q.shape[0]) if packed_q else (q.shape[0], q.shape[2], q.shape[1])
+    return _Call(
+        launcher,
+        (*q.shape[:-1], head_dim_v),
+        lse_shape,
+        (softmax_scale, softcap, window_left, window_right),
+        readable=all(map(_has_whole_strides, (q, k, v))),
+        writable=out is None or _has_whole_strides(out),
+        reaches=() if out is None else tuple(map(_reach, (q, k, v, out))),
+        device_index=q.device.index if q.is_cuda else None,
+    )
 
 
 def _load(
@@ -194,16 +253,18 @@ def _load(
     seqused_k: bool,
     device: torch.device,
 ) -> Callable:
-    """First call of its kind on this device: find the launcher and keep it under its key."""
+    """The launcher for a problem on this device."""
     _check_device(device)
     features = (mask, softcap, lse, packed_q, packed_k, seqused_q, seqused_k)
-    problem = AttentionProblem(checks.DTYPE_NAMES[dtype], head_dim, head_dim_v, *features)
-    if device.type == "cpu":
-        return _cpu_load(problem)
-    from flash_attn_sm120.compile import load
+    key = (dtype, head_dim, head_dim_v, *features, device)
+    launcher = _launchers.get(key)
+    if launcher is None:
+        problem = AttentionProblem(checks.DTYPE_NAMES[dtype], head_dim, head_dim_v, *features)
+        if device.type == "cpu":
+            return _cpu_load(problem)
+        from flash_attn_sm120.compile import load
 
-    launcher = load(problem, _target(device.index))
-    _launchers[(dtype, head_dim, head_dim_v, *features, device)] = launcher
+        launcher = _launchers[key] = load(problem, _target(device.index))
     return launcher
 
 
@@ -226,46 +287,48 @@ def _target(index: int) -> str:
     return target
 
 
-def _aligned(tensor: torch.Tensor) -> torch.Tensor:
-    """The tensor itself where the kernel can read it: strides of whole 16 bytes from an address of whole 16 bytes, and
-    rows less than 2 GB apart."""
+def _has_whole_strides(tensor: torch.Tensor) -> bool:
+    """Strides of whole 16 bytes, rows less than 2 GB apart: what a kernel can follow."""
     strides = tensor.stride()
-    if strides[-3] >= MAX_ROW_STRIDE:
-        return tensor.clone(memory_format=torch.contiguous_format)
-    # Three or four dimensions, the last of stride 1: this names all the others.
-    if not (strides[0] | strides[1] | strides[-2]) % 8 and not tensor.data_ptr() % 16:
-        return tensor
-    shape = tensor.shape
-    # The stride of a dimension of size 1 is never followed, but the launcher looks at it all the same.
-    whole = tuple(8 if size == 1 else stride for size, stride in zip(shape[:-1], strides[:-1], strict=True))
-    if not any(stride % 8 for stride in whole) and not tensor.data_ptr() % 16:
-        return tensor.as_strided(shape, (*whole, 1))
+    return not any(stride % 8 for stride in strides[:-1]) and strides[-3] < MAX_ROW_STRIDE
+
+
+def _aligned(tensor: torch.Tensor) -> torch.Tensor:
+    """The tensor itself where the kernel can read it, else a copy."""
+    if tensor.data_ptr() % 16 == 0:
+        if _has_whole_strides(tensor):
+            return tensor
+        # The stride of a dimension of size 1 is never followed, but the launcher looks at it all the same.
+        places = zip(tensor.shape[:-1], tensor.stride()[:-1], strict=True)
+        view = tensor.as_strided(tensor.shape, (*(8 if size == 1 else stride for size, stride in places), 1))
+        if _has_whole_strides(view):
+            return view
     return tensor.clone(memory_format=torch.contiguous_format)
 
 
-def _writable(out: torch.Tensor, *inputs: torch.Tensor) -> torch.Tensor:
-    """out itself, or a temporary where the kernel can't write it directly or would overwrite what it still reads.
+def _target_for(
+    out: torch.Tensor, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, call: _Call, packed: bool
+) -> torch.Tensor:
+    """out itself, or a temporary where the kernel can't write it directly or would overwrite what it still reads."""
+    *reaches, reach = call.reaches
+    first = out.data_ptr()
+    apart = all(
+        tensor.data_ptr() >= first + reach or first >= tensor.data_ptr() + own
+        for tensor, own in zip((q, k, v), reaches, strict=True)
+    )
+    if apart and call.writable and first % 16 == 0:
+        return out.detach() if out.requires_grad else out
+    if packed:  # rows that no sequence names keep what they hold
+        return out.detach().clone(memory_format=torch.contiguous_format)
+    return torch.empty(out.shape, dtype=out.dtype, device=out.device)
 
-    The temporary starts as a copy, as rows of a packed out that belong to no sequence keep what they hold.
-    """
-    first, last = _extent(out)
-    for tensor in inputs:
-        begin, end = _extent(tensor)
-        if begin < last and first < end:
-            return out.clone(memory_format=torch.contiguous_format)
-    strides = out.stride()
-    if any(stride % 8 for stride in strides[:-1]) or first % 16 or strides[-3] >= MAX_ROW_STRIDE:
-        return out.clone(memory_format=torch.contiguous_format)
-    return out
 
-
-def _extent(tensor: torch.Tensor) -> tuple[int, int]:
-    """First byte, and the byte behind the last, that the tensor's elements take."""
-    first = tensor.data_ptr()
-    if tensor.is_contiguous() or tensor.numel() == 0:
-        return first, first + tensor.numel() * tensor.element_size()
+def _reach(tensor: torch.Tensor) -> int:
+    """Bytes from the tensor's address to the end of its last element."""
+    if tensor.numel() == 0:
+        return 0
     reach = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
-    return first, first + (reach + 1) * tensor.element_size()
+    return (reach + 1) * tensor.element_size()
 
 
 @contextmanager
@@ -273,7 +336,9 @@ def launches_on_cpu(load: Callable[[AttentionProblem], Callable]) -> Iterator[No
     """While open, CPU tensors are accepted and go to `load(problem)`, which takes a launcher's arguments. For tests."""
     global _cpu_load
     before, _cpu_load = _cpu_load, load
+    _calls.clear()
     try:
         yield
     finally:
         _cpu_load = before
+        _calls.clear()

@@ -1,17 +1,12 @@
 """Where the tests run: on a GPU if there is one, else in the simulator, else the tests that need either are skipped."""
 
 import os
-import tempfile
 from dataclasses import dataclass
 
 import pytest
 import torch
 
-# The compiler leaves copies of what it keeps in this directory, by default the current one.
-scratch = tempfile.TemporaryDirectory(prefix="flash_attn_sm120_")
-os.environ.setdefault("CUTE_DSL_DUMP_DIR", scratch.name)
-
-from flash_attn_sm120 import interface  # noqa: E402
+from flash_attn_sm120 import interface
 
 
 @dataclass(frozen=True)

@@ -107,9 +107,14 @@ def test_wrong_lengths_touch_nothing_outside(device, cu_seqlens, seqused):
     wrong, right = ints(on, *cu_seqlens), marks(on, 20, 20)
     used = None if seqused is None else ints(on, *seqused)
     for cu_q, cu_k in ((wrong, right), (right, wrong), (wrong, wrong)):
-        flash_attn_varlen_func(q, q, q, cu_q, cu_k, seqused_k=used, seqused_q=used, out=frame[1])
-        if on.type == "cuda":
-            torch.cuda.synchronize()
+        try:
+            flash_attn_varlen_func(q, q, q, cu_q, cu_k, seqused_k=used, seqused_q=used, out=frame[1])
+            if on.type == "cuda":
+                torch.cuda.synchronize()
+        except Exception as error:
+            # Rows that wrong lengths leave out aren't written, which the simulator reports; all else is a fault.
+            if "unwritten output" not in str(error):
+                raise
         assert (frame[::2] == 7.0).all()
 
 
@@ -202,8 +207,9 @@ def test_more_than_2_31_elements_in_a_sequence(gpu):
     out = torch.empty_like(wide)[:, 100:102]
     where = marks(gpu, 100, 69900)
     flash_attn_varlen_func(q, k, k, where, where, causal=True, window_size=(300, 0), out=out)
-    exact, _ = reference.attention(q[-500:], k[-500:], k[-500:], causal=True, window_size=(300, 0))
-    assert (out[-200:] - exact[-200:]).abs().max() <= 0.0156
+    last = (x[None, -500:] for x in (q, k, k))
+    exact, _ = reference.attention(*last, causal=True, window_size=(300, 0))
+    assert (out[-200:] - exact[0, -200:]).abs().max() <= 0.0156
 
 
 def test_current_stream(gpu):

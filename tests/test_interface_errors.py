@@ -170,17 +170,17 @@ WRONG_VALUES = [
 
 @pytest.mark.parametrize("changes, argument, text", WRONG_VALUES)
 def test_wrong_lengths_are_found_on_request(changes, argument, text, monkeypatch, recorder):
-    monkeypatch.setenv(checks.CHECK_VARIABLE, "1")
+    monkeypatch.setattr(checks, "VALUE_CHECKS", True)
     with pytest.raises(ValueError, match=f"^{argument}: expected .*{text}"):
         packed(**changes)
     assert not recorder.calls
-    monkeypatch.setenv(checks.CHECK_VARIABLE, "0")
+    monkeypatch.setattr(checks, "VALUE_CHECKS", False)
     packed(**changes)
     assert len(recorder.calls) == 1
 
 
 def test_right_lengths_pass_on_request(monkeypatch, recorder):
-    monkeypatch.setenv(checks.CHECK_VARIABLE, "1")
+    monkeypatch.setattr(checks, "VALUE_CHECKS", True)
     packed(seqused_q=ints(0, 5), seqused_k=ints(5, 0))
     packed(q=t(12, 4, 64), max_seqlen_q=None)
     padded = {"cu_seqlens_q": None, "q": t(2, 5, 4, 64)}

@@ -52,7 +52,7 @@ def test_variant(problem, device, monkeypatch):
     met = []
     load = interface._load
     monkeypatch.setattr(interface, "_load", lambda *key: met.append(key[:-1]) or load(*key))
-    interface._launchers.clear()
+    interface._calls.clear()
     run_variant(problem, device.torch_device)
     (key,) = met
     assert AttentionProblem(str(key[0]).removeprefix("torch."), *key[1:]) == problem
