@@ -8,11 +8,8 @@ READY := .venv/ready
 
 demo: $(READY)
 	$(RUN) -m flash_attn_sm120 doctor || true
-	@if $(RUN) -c "import torch, sys; sys.exit(not torch.cuda.is_available())"; then \
-		$(RUN) -m flash_attn_sm120 check; \
-	else \
-		$(RUN) -m flash_attn_sm120 compile --arch sm_120a,sm_121a; \
-	fi
+	$(RUN) -m flash_attn_sm120 check
+	$(RUN) -m flash_attn_sm120 compile --arch sm_120a,sm_121a
 
 test: $(READY) lint
 	$(RUN) -m pytest -q

@@ -9,10 +9,14 @@ import subprocess
 from collections.abc import Sequence
 from importlib import metadata
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from flash_attn_sm120 import __version__
 from flash_attn_sm120.problem import AttentionProblem
 from flash_attn_sm120.terminal import paint, progress, table
+
+if TYPE_CHECKING:
+    from flash_attn_sm120.matrix import Result
 
 ARCHES = ("sm_120a", "sm_121a")
 PACKAGES = ("torch", "nvidia-cutlass-dsl", "apache-tvm-ffi")
@@ -28,8 +32,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     doctor = commands.add_parser("doctor", help="say what is here, what will be used and why")
     doctor.set_defaults(run=lambda arguments: run_doctor())
 
-    check = commands.add_parser("check", help="run the 64-config matrix on the GPU against float32")
-    check.add_argument("--device", default="cuda", help="such as cuda:1 (default: cuda)")
+    check = commands.add_parser("check", help="run the 64-config matrix against float32, on a GPU or in the simulator")
+    check.add_argument(
+        "--device", default="auto", help="such as cuda:1, or simulator (default: a GPU where there is one)"
+    )
     check.add_argument("--seed", type=int, default=0, help="of the random inputs (default: 0)")
     check.set_defaults(run=lambda arguments: run_check(arguments.device, arguments.seed))
 
@@ -165,26 +171,42 @@ def _driver() -> str | None:
 
 
 def run_check(device: str, seed: int) -> int:
-    """The 64-config matrix on a GPU. 1 if a configuration fails, or if there is no GPU."""
+    """The 64-config matrix on a GPU, or with short lengths in the simulator. 1 if a configuration fails."""
     import torch
 
     from flash_attn_sm120 import matrix
 
-    if torch.device(device).type != "cuda" or not torch.cuda.is_available():
-        return _verdict("check runs the kernels, and there is no GPU that PyTorch can use (see doctor)")
-    rows, colours, failed = [], [], 0
-    for config in progress(matrix.configs(), "check"):
-        result = matrix.run(config, torch.device(device), seed=seed)
-        failed += not result.passed
+    gpu = torch.cuda.is_available()
+    if device == "auto":
+        device = "cuda" if gpu else "simulator"
+    if device == "simulator":
+        from flash_attn_sm120.simulator import simulate
+
+        print("check: every kernel interpreted from its sm_120a PTX, short lengths, no GPU")
+        with simulate("sm_120a"):
+            results = [matrix.run(config, "cpu", "short", seed) for config in progress(matrix.configs(), "check")]
+    elif not gpu or torch.device(device).type != "cuda":
+        return _verdict(f"there is no {device} that PyTorch can use (see doctor; --device simulator needs no GPU)")
+    else:
+        print(f"check: on {torch.cuda.get_device_name(device)}")
+        results = [matrix.run(config, device, seed=seed) for config in progress(matrix.configs(), "check")]
+    return _show_results(results)
+
+
+def _show_results(results: list[Result]) -> int:
+    from flash_attn_sm120.matrix import MAX_DIFF
+
+    rows, colours = [], []
+    for result in results:
         numbers = (result.max_diff, result.same_dtype_diff, result.lse_diff)
-        rows.append((config.name, *(f"{n:.5f}" for n in numbers), "; ".join(result.complaints) or "pass"))
+        verdict = "; ".join(result.complaints) or "pass"
+        rows.append((result.config.name, *(f"{n:.5f}" for n in numbers), verdict))
         colours.append(None if result.passed else "red")
     print(table(("configuration", "max diff", "of PyTorch", "of lse", "verdict"), rows, colours))
-    text = (
-        f"{len(rows) - failed} of {len(rows)} within {matrix.MAX_DIFF} and twice the error of PyTorch in the same dtype"
-    )
-    print(paint(text, "red" if failed else "green"))
-    return 1 if failed else 0
+    passed = sum(result.passed for result in results)
+    limit = f"{MAX_DIFF} and twice the error of PyTorch in the same dtype"
+    print(paint(f"{passed} of {len(results)} within {limit}", "green" if passed == len(results) else "red"))
+    return 0 if passed == len(results) else 1
 
 
 def run_compile(arches: Sequence[str]) -> int:

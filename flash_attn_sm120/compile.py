@@ -45,7 +45,7 @@ def build(problem: AttentionProblem, plan: Plan, arch: str, keep: bool = False):
         return cute.compile(kernel, *_signature(problem), options=options)
     # What is kept is written to files too, by default in the current directory.
     with tempfile.TemporaryDirectory() as folder:
-        options += f" --keep-ptx --keep-cubin --dump-dir {folder}"
+        options += f" --generate-line-info --keep-ptx --keep-cubin --dump-dir {folder}"
         return cute.compile(kernel, *_signature(problem), options=options)
 
 

@@ -50,9 +50,18 @@ def test_doctor_without_a_gpu():
 
 
 @no_gpu
-def test_check_without_a_gpu(capsys):
-    assert cli.main(["check"]) == 1
-    assert "Not ready: check runs the kernels" in capsys.readouterr().out
+def test_check_on_a_gpu_that_is_not_there(capsys):
+    assert cli.main(["check", "--device", "cuda:3"]) == 1
+    assert "Not ready: there is no cuda:3" in capsys.readouterr().out
+
+
+@no_gpu
+def test_check_without_a_gpu_runs_the_kernels(capsys, monkeypatch):
+    some = matrix.configs()[7::29]
+    monkeypatch.setattr(matrix, "configs", lambda: some)
+    assert cli.main(["check"]) == 0
+    text = capsys.readouterr().out
+    assert "interpreted" in text and f"{len(some)} of {len(some)} within" in text
 
 
 def test_doctor_on_a_gpu(gpu):
@@ -64,6 +73,7 @@ def test_doctor_on_a_gpu(gpu):
 @pytest.mark.parametrize("good", [True, False])
 def test_check_counts(good, monkeypatch, capsys):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "a GPU")
     diffs = (0.001, 0.001, 0.0, 0.0)
     monkeypatch.setattr(
         matrix,

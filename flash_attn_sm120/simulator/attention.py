@@ -1,0 +1,65 @@
+"""The attention kernels of this package on the interpreter."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+from .launch import Simulation, active, launch, simulation
+
+if TYPE_CHECKING:
+    from flash_attn_sm120.problem import AttentionProblem
+
+# A launcher's arguments, in order.
+ARGUMENTS = (
+    "q", "k", "v", "out", "lse", "cu_seqlens_q", "cu_seqlens_k", "seqused_q", "seqused_k",
+    "softmax_scale", "softcap", "window_left", "window_right",
+)  # fmt: skip
+
+
+@functools.lru_cache(maxsize=128)
+def artifact(problem: AttentionProblem, arch: str) -> Any:
+    """The problem's kernel as dispatch and compile make it, with its PTX kept."""
+    from flash_attn_sm120.compile import build
+    from flash_attn_sm120.dispatch import choose
+
+    return build(problem, choose(problem), arch, keep=True)
+
+
+def load(problem: AttentionProblem, arch: str | None = None) -> Callable[..., None]:
+    """The launcher for a problem that runs on the interpreter: compile.load's arguments, as CPU tensors."""
+    current = active()
+    kernel = artifact(problem, arch or (current.arch if current else "sm_120a"))
+
+    def run(*arguments: Any) -> None:
+        launch(kernel, arguments, names=ARGUMENTS, outputs=_outputs(problem, *arguments[3:6]))
+
+    return run
+
+
+def _outputs(problem: AttentionProblem, out: Any, lse: Any | None, cu_seqlens_q: Any | None) -> dict[str, Any]:
+    """What the kernel must write: every row of the sequences; packed rows behind the last sequence stay as they are."""
+    rows = int(cu_seqlens_q[-1]) if problem.packed_q else None
+    parts = {"out": out if rows is None else out[:rows]}
+    if lse is not None:
+        parts["lse"] = lse if rows is None else lse[:, :rows]
+    return parts
+
+
+@contextmanager
+def simulate(
+    arch: str = "sm_120a", *, edit: Callable[[str], str] | None = None, batch_warps: int = 256
+) -> Iterator[Simulation]:
+    """Inside the block the public functions take CPU tensors; their kernels for `arch` run on the PTX interpreter.
+
+    arch: "sm_120a" or "sm_121a". edit: rewrites the PTX before it runs, to plant a fault. batch_warps: warps that run
+    side by side, a matter of speed only. Yields a Simulation, which counts launches and seconds.
+    Raises ValueError for another arch, SimulationError where the checker finds a fault, UnsupportedInstruction for PTX
+    that the interpreter doesn't know.
+    """
+    from flash_attn_sm120.interface import launches_on_cpu
+
+    with simulation(arch, edit, batch_warps) as current, launches_on_cpu(functools.partial(load, arch=arch)):
+        yield current

@@ -1,0 +1,88 @@
+"""Faults planted in the PTX of the attention kernel, through the public function."""
+
+import re
+
+import pytest
+import torch
+
+pytest.importorskip("cutlass")
+from flash_attn_sm120 import flash_attn_func
+from flash_attn_sm120.simulator import SimulationError, simulate
+
+
+def attention(edit=None, seqlen_q=200, seqlen_k=190, batch=1):
+    """Runs causal attention, head_dim 128, with edited PTX."""
+    q = torch.randn(batch, seqlen_q, 2, 128).bfloat16()
+    k, v = (torch.randn(batch, seqlen_k, 1, 128).bfloat16() for _ in range(2))
+    with simulate(edit=edit):
+        return flash_attn_func(q, k, v, causal=True, return_lse=True)
+
+
+def fault(edit, **sizes):
+    with pytest.raises(SimulationError) as caught:
+        attention(edit, **sizes)
+    return caught.value.report
+
+
+def without(pattern: str, number: int):
+    """An edit that removes one match of `pattern`."""
+
+    def edit(ptx: str) -> str:
+        match = list(re.finditer(pattern, ptx))[number]
+        return ptx[: match.start()] + ptx[match.end() :]
+
+    return edit
+
+
+@pytest.mark.parametrize("number", [0, 1])
+@pytest.mark.parametrize("pattern", [r"bar\.sync\s+\d+;", r"cp\.async\.wait_group\s+\d+;", r"cp\.async\.commit_group;"])
+def test_removed_order(pattern, number):
+    """Without any one of them a tile is read before it is there, or overwritten while it is read."""
+    report = fault(without(pattern, number))
+    assert report.kind == "shared-memory race" and report.ptx_text.split(".")[0] in ("ldmatrix", "cp", "@p cp")
+    assert report.cta is not None and report.warp is not None and report.lane is not None
+
+
+def test_unpredicated_ragged_load():
+    report = fault(lambda ptx: re.sub(r"(cp\.async\.cg[^;]*, 16), %r\d+;", r"\1;", ptx))
+    assert report.kind == "out-of-bounds global access" and re.search("past the end of [qkv]", report.tensor)
+
+
+def test_mask_off_by_one():
+    """Each comparison of the PTX in turn: at the ragged edge a row too many is loaded, or stored."""
+    kinds = set()
+    for number in range(12):
+
+        def edit(ptx: str, number=number) -> str:
+            match = list(re.finditer(r"setp\.lt\.s32", ptx))[number]
+            return ptx[: match.start()] + "setp.le.s32" + ptx[match.end() :]
+
+        try:
+            attention(edit)
+        except SimulationError as error:
+            kinds.add(error.report.kind)
+        except IndexError:
+            break
+    assert "out-of-bounds global access" in kinds
+
+
+def test_row_stored_into_the_next_sequence():
+    """Inside the tensor, but another thread block's row."""
+    report = fault(lambda ptx: re.sub(r"setp\.ge\.s32", "setp.gt.s32", ptx), batch=2)
+    assert report.kind in ("global-memory race", "out-of-bounds global access")
+
+
+def test_unwritten_output_row():
+    report = fault(without(r"st\.global\.v4[^;]*;", 0))
+    assert report.kind == "unwritten output" and report.tensor.startswith("out[")
+
+
+def test_unwritten_lse():
+    report = fault(without(r"st\.global\.b32[^;]*;", 0))
+    assert report.kind == "unwritten output" and report.tensor.startswith("lse[")
+
+
+def test_divergent_barrier():
+    skip = "{ .reg .pred q; .reg .b32 t; mov.u32 t, %tid.x; setp.eq.u32 q, t, 37; @q bra OVER; bar.sync 0; OVER: }"
+    report = fault(lambda ptx: re.sub(r"bar\.sync\s+0;", skip, ptx, count=1))
+    assert report.kind == "divergent barrier" and (report.warp, report.lane) == (1, 5)
