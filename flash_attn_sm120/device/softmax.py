@@ -6,6 +6,7 @@ Source: Milakov and Gimelshein, "Online normalizer calculation for softmax" (201
 from __future__ import annotations
 
 import math
+import operator
 
 import cutlass
 from cutlass import Float32, Int32, cute
@@ -14,6 +15,14 @@ from flash_attn_sm120.device.fragments import elements
 from flash_attn_sm120.device.ptx import exp2, fma, log2, pack_pair, reciprocal
 
 NEG_INF = -math.inf
+
+
+def tree_reduce(values: list, combine):
+    """In pairs, so that no step waits for all that are before it."""
+    while len(values) > 1:
+        odd = values[len(values) // 2 * 2 :]
+        values = [combine(values[i], values[i + 1]) for i in range(0, len(values) - 1, 2)] + odd
+    return values[0]
 
 
 def quad_reduce(value: Float32, combine) -> Float32:
@@ -51,43 +60,33 @@ class OnlineSoftmax:
     def update(self, tSrS: cute.Tensor, tOrO: cute.Tensor, dtype: str) -> list:
         """Takes a block's scores in: rescales tOrO, returns P (not yet divided by the row sums) as A operand of P V,
         [m][16 keys] -> packed pairs (rows 0-7, 8-15 of keys 0-7, then of keys 8-15)."""
-        self._rescale([self._block_max(tSrS, r) for r in range(self.rows)], tOrO)
-        return self._probabilities(tSrS, dtype)
-
-    def _block_max(self, tSrS: cute.Tensor, r: int) -> Float32:
-        m, half = r // 2, r % 2
-        value = self.row_max[r]
-        for n in range(tSrS.shape[1]):
-            for j in range(2):
-                value = cute.arch.fmax(value, tSrS[m, n, 2 * half + j])
-        return quad_reduce(value, cute.arch.fmax)
-
-    def _rescale(self, new_max: list, tOrO: cute.Tensor) -> None:
-        factors = []
-        for r in range(self.rows):
-            factor = exp2(fma(self.row_max[r], self.scale_log2, -self.reference(new_max[r])))
-            self.row_max[r] = new_max[r]
-            self.row_sum[r] = self.row_sum[r] * factor
-            factors.append(factor)
+        new_max = [self._block_max(tSrS, r) for r in range(self.rows)]
+        offsets = [-self.reference(value) for value in new_max]
+        factors = [exp2(fma(self.row_max[r], self.scale_log2, offsets[r])) for r in range(self.rows)]
         for m, n, i in elements(tOrO):
             tOrO[m, n, i] = tOrO[m, n, i] * factors[2 * m + i // 2]
-
-    def _probabilities(self, tSrS: cute.Tensor, dtype: str) -> list:
         m_frags, n_frags, _ = tSrS.shape
         pairs = {}
         for r in range(self.rows):
-            m, half = r // 2, r % 2
-            offset = -self.reference(self.row_max[r])
-            total = self.row_sum[r]
+            sums = []
             for n in range(n_frags):
-                low, high = (exp2(fma(tSrS[m, n, 2 * half + j], self.scale_log2, offset)) for j in range(2))
-                total = total + low + high
-                pairs[m, n, half] = pack_pair(low, high, dtype)
-            self.row_sum[r] = total
+                low, high = (self._probability(tSrS, r, n, j, offsets[r]) for j in range(2))
+                sums.append(low + high)
+                pairs[r, n] = pack_pair(low, high, dtype)
+            self.row_max[r] = new_max[r]
+            self.row_sum[r] = fma(self.row_sum[r], factors[r], tree_reduce(sums, operator.add))
         return [
-            [[pairs[m, n + right, half] for right in range(2) for half in range(2)] for n in range(0, n_frags, 2)]
+            [[pairs[2 * m + half, n + right] for right in range(2) for half in range(2)] for n in range(0, n_frags, 2)]
             for m in range(m_frags)
         ]
+
+    def _block_max(self, tSrS: cute.Tensor, r: int) -> Float32:
+        m, half = r // 2, r % 2
+        scores = [tSrS[m, n, 2 * half + j] for n in range(tSrS.shape[1]) for j in range(2)]
+        return quad_reduce(tree_reduce([self.row_max[r], *scores], cute.arch.fmax), cute.arch.fmax)
+
+    def _probability(self, tSrS: cute.Tensor, r: int, n: int, j: int, offset: Float32) -> Float32:
+        return exp2(fma(tSrS[r // 2, n, 2 * (r % 2) + j], self.scale_log2, offset))
 
     def finish(self, first_row: Int32, seqlen_q: Int32) -> tuple[list[Float32], list[Float32]]:
         """(factor that normalises a row of O, natural-log LSE of the row), for each row of the thread.
@@ -96,7 +95,7 @@ class OnlineSoftmax:
         """
         factors, lses = [], []
         for r in range(self.rows):
-            total = quad_reduce(self.row_sum[r], lambda a, b: a + b)
+            total = quad_reduce(self.row_sum[r], operator.add)
             empty = (self.row_max[r] == NEG_INF) | (first_row + 8 * r >= seqlen_q)
             factors.append(cutlass.select_(empty, Float32(0.0), reciprocal(total)))
             lse = (self.row_max[r] * self.scale_log2 + log2(total)) * math.log(2.0)
