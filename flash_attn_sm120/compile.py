@@ -12,9 +12,10 @@ from cutlass.cute.runtime import make_fake_stream, make_fake_tensor
 
 from flash_attn_sm120.dispatch import Plan, choose
 from flash_attn_sm120.kernels.forward import FlashAttentionForwardSm120
+from flash_attn_sm120.kernels.forward_tma import FlashAttentionForwardSm120Tma
 from flash_attn_sm120.problem import AttentionProblem
 
-KERNELS = {"forward": FlashAttentionForwardSm120}
+KERNELS = {"forward": FlashAttentionForwardSm120, "forward_tma": FlashAttentionForwardSm120Tma}
 DTYPES = {"bfloat16": cutlass.BFloat16, "float16": cutlass.Float16}
 
 _loaded: dict[tuple[AttentionProblem, str], Callable] = {}

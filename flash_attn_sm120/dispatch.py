@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from flash_attn_sm120.problem import AttentionProblem
 
 ELEMENT_BYTES = 2
+BARRIER_BYTES = 64  # mbarriers, behind the note
 TILE_NOTE_BYTES = 32  # what a thread block writes down for its epilogue, behind the tiles
 
 
@@ -32,7 +33,12 @@ class Plan:
     @property
     def note_offset(self) -> int:
         """Where in shared memory the tile's note lies."""
-        return self.smem_bytes - TILE_NOTE_BYTES
+        return self.smem_bytes - TILE_NOTE_BYTES - BARRIER_BYTES
+
+    @property
+    def barrier_offset(self) -> int:
+        """Where the mbarriers lie."""
+        return self.smem_bytes - BARRIER_BYTES
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,7 +74,7 @@ def forward_smem_bytes(problem: AttentionProblem, row: TileRow) -> int:
     """Q, `stages` tiles of K and of V, and a note; out takes the tiles' place at the end."""
     d, dv = padded(problem.head_dim), padded(problem.head_dim_v)
     inputs = row.tile_m * d + row.stages * row.tile_n * (d + dv)
-    return ELEMENT_BYTES * max(inputs, row.tile_m * dv) + TILE_NOTE_BYTES
+    return ELEMENT_BYTES * max(inputs, row.tile_m * dv) + TILE_NOTE_BYTES + BARRIER_BYTES
 
 
 def choose(problem: AttentionProblem) -> Plan:

@@ -138,6 +138,14 @@ reciprocal = _unary("rcp.approx.ftz.f32")
 
 
 @dsl_user_op
+def mbarrier_arrive(shared: Int32, enabled: Int32, *, loc=None, ip=None) -> None:
+    """Counts one arrival at the mbarrier, none where enabled is 0; predicated, as a branch would split the block."""
+    operands = [Int32(shared).ir_value(loc=loc, ip=ip), Int32(enabled).ir_value(loc=loc, ip=ip)]
+    text = "{ .reg .pred p; setp.ne.b32 p, $1, 0; @p mbarrier.arrive.shared.b64 _, [$0]; }"
+    _asm(None, operands, text, "r,r", volatile=True, loc=loc, ip=ip)
+
+
+@dsl_user_op
 def fma(a: Float32, b: Float32, c: Float32, *, loc=None, ip=None) -> Float32:
     operands = [Float32(x).ir_value(loc=loc, ip=ip) for x in (a, b, c)]
     return Float32(_asm(T.f32(), operands, "fma.rn.f32 $0, $1, $2, $3;", "=f,f,f,f", volatile=False, loc=loc, ip=ip))
