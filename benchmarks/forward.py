@@ -23,7 +23,7 @@ from timing import median_ms
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from flash_attn_sm120.compile import build
-from flash_attn_sm120.dispatch import choose
+from flash_attn_sm120.dispatch import choose, plan_for
 from flash_attn_sm120.problem import AttentionProblem
 
 
@@ -77,12 +77,13 @@ def as_on_sm120(plan, shared_per_sm: int):
     return replace(plan, smem_bytes=max(plan.smem_bytes, padded // 16 * 16))
 
 
-def ours(cell: Cell, occupancy: str) -> Callable:
+def ours(cell: Cell, occupancy: str, kernel: str) -> Callable:
     properties = torch.cuda.get_device_properties(0)
-    plan = choose(cell.problem)
+    target = f"sm_{properties.major}{properties.minor}a"
+    plan = choose(cell.problem, target) if kernel == "auto" else plan_for(kernel, cell.problem)
     if occupancy == "sm120":
         plan = as_on_sm120(plan, properties.shared_memory_per_multiprocessor)
-    launch = build(cell.problem, plan, f"sm_{properties.major}{properties.minor}a")
+    launch = build(cell.problem, plan, target)
     left = -1 if cell.window is None else cell.window
     scale = 1 / math.sqrt(cell.head_dim)
 
@@ -126,7 +127,7 @@ def peers(cell: Cell, wanted: list[str]) -> dict[str, Callable]:
     return {name: makers[name]() for name in wanted if cell.window is None or name == "flash_attn_4"}
 
 
-def measure(cell: Cell, occupancy: str, wanted: list[str]) -> dict:
+def measure(cell: Cell, occupancy: str, kernel: str, wanted: list[str]) -> dict:
     def inputs() -> tuple:
         shapes = [(cell.heads, cell.head_dim), (cell.heads_kv, cell.head_dim), (cell.heads_kv, cell.head_dim_v)]
         size = (cell.batch, cell.seqlen)
@@ -135,7 +136,7 @@ def measure(cell: Cell, occupancy: str, wanted: list[str]) -> dict:
     sets = [inputs() for _ in range(3)]
     row: dict = {"cell": cell.name, **asdict(cell)}
     expected = None
-    for name, call in {"ours": ours(cell, occupancy), **peers(cell, wanted)}.items():
+    for name, call in {"ours": ours(cell, occupancy, kernel), **peers(cell, wanted)}.items():
         try:
             out = call(*sets[0])
             ms = median_ms(call, sets)
@@ -165,6 +166,7 @@ def show(rows: list[dict], names: list[str]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--occupancy", choices=("sm120", "device"), default="sm120")
+    parser.add_argument("--kernel", choices=("auto", "forward", "forward_tma"), default="auto")
     parser.add_argument("--cells", choices=CELLS, default="issue")
     parser.add_argument("--peers", default="sdpa_flash,sdpa_cudnn", help="comma list; flash_attn_4 too")
     parser.add_argument("--json", type=Path)
@@ -174,7 +176,7 @@ def main() -> None:
         os.environ.setdefault("FLASH_ATTENTION_ARCH", "sm_120")
         sms = torch.cuda.get_device_properties(0).multi_processor_count
         os.environ.setdefault("FLASH_ATTENTION_NUM_SMS", str(sms))
-    rows = [measure(cell, arguments.occupancy, wanted) for cell in CELLS[arguments.cells]]
+    rows = [measure(cell, arguments.occupancy, arguments.kernel, wanted) for cell in CELLS[arguments.cells]]
     print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, bf16, TFLOPS, occupancy {arguments.occupancy}\n")
     print(show(rows, ["ours", *wanted]))
     if arguments.json:

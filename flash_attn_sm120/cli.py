@@ -125,7 +125,7 @@ def explain(capability: tuple[int, int]) -> list[str]:
     else:
         lines.append("runs the same kernels with SM120's tiles, which aren't the best for this chip")
     target = f"sm_{major}{minor}{'a' if major >= 9 else ''}"
-    plan = choose(AttentionProblem("bfloat16", 128, 128, mask="causal"))
+    plan = choose(AttentionProblem("bfloat16", 128, 128, mask="causal"), target)
     lines.append(f"kernels are compiled for {target} at the first call of each kind, by the installed compiler")
     lines.append(
         f"a causal bfloat16 call of head_dim 128 uses the {plan.kernel} kernel: {plan.tile_m} x {plan.tile_n} tiles, "
@@ -235,14 +235,14 @@ def measure(problem: AttentionProblem, arch: str) -> tuple[tuple[str, ...], bool
     from flash_attn_sm120.dispatch import choose
     from flash_attn_sm120.occupancy import RESERVED_BYTES, SUB_PARTITIONS, occupancy
 
-    plan = choose(problem)
+    plan = choose(problem, arch)
     kernels = cubin.read(build(problem, plan, arch, keep=True).__cubin__)
     registers = max(kernel.registers for kernel in kernels)
     stack = max(kernel.stack_bytes for kernel in kernels)
     # From sm_90 on, a kernel's static shared memory counts the reserved KB.
     static = max(max(kernel.shared_bytes for kernel in kernels) - RESERVED_BYTES, 0)
     shared = plan.smem_bytes + static
-    held = occupancy(registers, plan.num_warps, shared)
+    held = occupancy(registers, plan.num_warps + plan.loading_warps, shared, plan.num_warps)
     complaints = []
     if stack:
         complaints.append("spills")
@@ -263,4 +263,5 @@ def label(problem: AttentionProblem) -> str:
     packed = {(True, True): "packed", (True, False): "packed q", (False, True): "packed k"}
     words.append(packed.get((problem.packed_q, problem.packed_k), ""))
     words += [name for name in ("seqused_q", "seqused_k", "softcap", "lse") if getattr(problem, name)]
+    words.append("" if problem.tma_strides else "repeated rows")
     return " ".join(filter(None, words))

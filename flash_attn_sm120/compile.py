@@ -34,7 +34,7 @@ def load(problem: AttentionProblem, arch: str) -> Callable:
         with _lock:
             launcher = _loaded.get(key)
             if launcher is None:
-                launcher = _loaded[key] = build(problem, choose(problem), arch)
+                launcher = _loaded[key] = build(problem, choose(problem, arch), arch)
     return launcher
 
 

@@ -18,8 +18,9 @@ TILE_NOTE_BYTES = 32  # what a thread block writes down for its epilogue, behind
 class Plan:
     """How a problem is computed: the kernel and its tile.
 
-    stages: K and V tiles in flight. blocks_per_sm: thread blocks that an SM of SM120 is to hold at a time, within the
-    limits of occupancy.py. smem_bytes: dynamic shared memory of a block.
+    num_warps: those that multiply; loading_warps: those that only load, one of them working. stages: K and V tiles in
+    flight. blocks_per_sm: thread blocks that an SM of SM120 is to hold at a time, within the limits of occupancy.py.
+    smem_bytes: dynamic shared memory of a block.
     """
 
     kernel: str
@@ -29,6 +30,7 @@ class Plan:
     stages: int
     blocks_per_sm: int
     smem_bytes: int
+    loading_warps: int = 0
 
     @property
     def note_offset(self) -> int:
@@ -43,7 +45,7 @@ class Plan:
 
 @dataclass(frozen=True, slots=True)
 class TileRow:
-    """A row of the tile table: serves head dims up to (head_dim, head_dim_v)."""
+    """A row of a tile table: serves head dims up to (head_dim, head_dim_v)."""
 
     head_dim: int
     head_dim_v: int
@@ -55,7 +57,7 @@ class TileRow:
 
 
 # 32 rows a warp where registers and shared memory allow it (half the shared-memory reads), 16 above head_dim 128.
-# Evidence: benchmarks/NOTES.md, "Tiles of the plain kernel".
+# Evidence: benchmarks/NOTES.md, "Tiles of the plain kernel" and "The TMA kernel".
 FORWARD_TILES = (
     TileRow(64, 64, tile_m=128, tile_n=64, num_warps=4, stages=2, blocks_per_sm=2),
     TileRow(96, 96, tile_m=128, tile_n=64, num_warps=4, stages=1, blocks_per_sm=2),
@@ -63,6 +65,15 @@ FORWARD_TILES = (
     TileRow(192, 192, tile_m=128, tile_n=64, num_warps=8, stages=1, blocks_per_sm=1),
     TileRow(256, 256, tile_m=128, tile_n=32, num_warps=8, stages=1, blocks_per_sm=1),
 )
+FORWARD_TMA_TILES = (
+    TileRow(64, 64, tile_m=128, tile_n=64, num_warps=4, stages=1, blocks_per_sm=2),
+    TileRow(96, 96, tile_m=256, tile_n=64, num_warps=8, stages=1, blocks_per_sm=1),
+    TileRow(128, 128, tile_m=128, tile_n=32, num_warps=4, stages=1, blocks_per_sm=2),
+    TileRow(192, 192, tile_m=128, tile_n=64, num_warps=8, stages=1, blocks_per_sm=1),
+    TileRow(256, 256, tile_m=128, tile_n=32, num_warps=8, stages=1, blocks_per_sm=1),
+)
+TILES = {"forward": FORWARD_TILES, "forward_tma": FORWARD_TMA_TILES}
+LOADING_WARPS = {"forward": 0, "forward_tma": 4}  # four, as registers change hands between groups of four warps
 
 
 def padded(head_dim: int) -> int:
@@ -70,40 +81,60 @@ def padded(head_dim: int) -> int:
     return (head_dim + 15) // 16 * 16
 
 
-def forward_smem_bytes(problem: AttentionProblem, row: TileRow) -> int:
-    """Q, `stages` tiles of K and of V, and a note; out takes the tiles' place at the end."""
+def smem_bytes(problem: AttentionProblem, row: TileRow) -> int:
+    """Q, `stages` tiles of K and of V, a note and the barriers; out takes the tiles' place at the end."""
     d, dv = padded(problem.head_dim), padded(problem.head_dim_v)
     inputs = row.tile_m * d + row.stages * row.tile_n * (d + dv)
     return ELEMENT_BYTES * max(inputs, row.tile_m * dv) + TILE_NOTE_BYTES + BARRIER_BYTES
 
 
-def choose(problem: AttentionProblem) -> Plan:
-    """The plan for a problem on SM120; another GPU gets the same."""
+def can_implement(kernel: str, problem: AttentionProblem, arch: str) -> bool:
+    """Whether the kernel gives right results for the problem on a target such as "sm_120a"."""
+    if kernel == "forward":
+        return True
+    major = int("".join(filter(str.isdigit, arch))) // 10
+    whole_boxes = problem.head_dim % 32 == 0 and problem.head_dim_v % 32 == 0
+    return major >= 9 and not problem.varlen and problem.tma_strides and whole_boxes
+
+
+def plan_for(kernel: str, problem: AttentionProblem) -> Plan:
+    """The kernel's plan, whether or not the dispatcher would take it."""
     row = next(
-        row for row in FORWARD_TILES if problem.head_dim <= row.head_dim and problem.head_dim_v <= row.head_dim_v
+        row for row in TILES[kernel] if problem.head_dim <= row.head_dim and problem.head_dim_v <= row.head_dim_v
     )
     tile = (row.tile_m, row.tile_n, row.num_warps, row.stages, row.blocks_per_sm)
-    return Plan("forward", *tile, forward_smem_bytes(problem, row))
+    return Plan(kernel, *tile, smem_bytes(problem, row), LOADING_WARPS[kernel])
+
+
+def choose(problem: AttentionProblem, arch: str = "sm_120a") -> Plan:
+    """The plan for a problem: TMA where it may be used, as it measured faster for every head_dim; tiles are SM120's
+    whatever the target."""
+    kernel = "forward_tma" if can_implement("forward_tma", problem, arch) else "forward"
+    return plan_for(kernel, problem)
 
 
 HEAD_DIMS = ((64, 64), (80, 80), (96, 96), (128, 128), (192, 128), (192, 192), (256, 256))
+MASKS = ("full", "causal", "local")
 
 
 def variants() -> list[AttentionProblem]:
     """What `compile`, the demo and the tests build: one problem for each way in which the machine code can differ."""
     problems = []
+    packed = {"packed_q": True, "packed_k": True}
     for head_dim, head_dim_v in HEAD_DIMS:
-        for mask in ("full", "causal", "local"):
+        for mask in MASKS:
             problems.append(AttentionProblem("bfloat16", head_dim, head_dim_v, mask=mask, lse=True))
-        packed = {"packed_q": True, "packed_k": True}
         problems.append(AttentionProblem("bfloat16", head_dim, head_dim_v, mask="causal", lse=True, **packed))
-    for mask in ("full", "causal", "local"):
+    for mask in MASKS:
         problems.append(AttentionProblem("float16", 128, 128, mask=mask))
         problems.append(AttentionProblem("bfloat16", 128, 128, mask=mask, softcap=True, lse=True))
-        problems.append(AttentionProblem("bfloat16", 128, 128, mask=mask, packed_q=True, packed_k=True))
+        problems.append(AttentionProblem("float16", 128, 128, mask=mask, lse=True, tma_strides=False))
+        problems.append(AttentionProblem("bfloat16", 128, 128, mask=mask, softcap=True, tma_strides=False))
+        problems.append(AttentionProblem("bfloat16", 128, 128, mask=mask, **packed))
         problems.append(AttentionProblem("float16", 128, 128, mask=mask, lse=True, seqused_q=True, seqused_k=True))
         problems.append(AttentionProblem("bfloat16", 128, 128, mask=mask, packed_q=True, seqused_k=True, lse=True))
     problems.append(AttentionProblem("bfloat16", 256, 256, mask="local", softcap=True, lse=True))
     problems.append(AttentionProblem("bfloat16", 40, 72, mask="causal", lse=True))
     problems.append(AttentionProblem("float16", 8, 256, lse=True))
+    problems.append(AttentionProblem("float16", 32, 192, mask="causal", lse=True))
     return list(dict.fromkeys(problems))

@@ -223,7 +223,10 @@ def _prepare(
     if batch == 0 or q.shape[0 if packed_q else 1] == 0:
         _check_device(q.device)
     else:
-        features = (mask, softcap != 0.0, return_lse, packed_q, packed_k, seqused_q is not None, seqused_k is not None)
+        lengths_given = (packed_q, packed_k, seqused_q is not None, seqused_k is not None)
+        # strides choose between kernels for dense calls only
+        tma_strides = any(lengths_given) or all(map(_has_tma_strides, (q, k, v)))
+        features = (mask, softcap != 0.0, return_lse, *lengths_given, tma_strides)
         launcher = _load(q.dtype, head_dim, head_dim_v, *features, q.device)
     lse_shape = None
     if return_lse:
@@ -251,11 +254,12 @@ def _load(
     packed_k: bool,
     seqused_q: bool,
     seqused_k: bool,
+    tma_strides: bool,
     device: torch.device,
 ) -> Callable:
     """The launcher for a problem on this device."""
     _check_device(device)
-    features = (mask, softcap, lse, packed_q, packed_k, seqused_q, seqused_k)
+    features = (mask, softcap, lse, packed_q, packed_k, seqused_q, seqused_k, tma_strides)
     key = (dtype, head_dim, head_dim_v, *features, device)
     launcher = _launchers.get(key)
     if launcher is None:
@@ -291,6 +295,12 @@ def _has_whole_strides(tensor: torch.Tensor) -> bool:
     """Strides of whole 16 bytes, rows less than 2 GB apart: what a kernel can follow."""
     strides = tensor.stride()
     return not any(stride % 8 for stride in strides[:-1]) and strides[-3] < MAX_ROW_STRIDE
+
+
+def _has_tma_strides(tensor: torch.Tensor) -> bool:
+    """Whether a tensor map can hold the strides, those of a copy where one will be made: a repeated dimension can't."""
+    places = zip(tensor.shape, tensor.stride(), strict=True)
+    return not _has_whole_strides(tensor) or all(stride > 0 or size == 1 for size, stride in places)
 
 
 def _aligned(tensor: torch.Tensor) -> torch.Tensor:

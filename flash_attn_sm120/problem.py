@@ -24,6 +24,7 @@ class AttentionProblem:
     lse: the log-sum-exp is written.
     packed_q, packed_k: (total, heads, head_dim) with cu_seqlens, else (batch, seqlen, heads, head_dim).
     seqused_q, seqused_k: lengths a sequence, int32 (batch,), bound the rows that are used.
+    tma_strides: q, k and v have strides that a tensor map can hold; False sends a dense problem to the plain kernel.
     """
 
     dtype: str
@@ -36,6 +37,7 @@ class AttentionProblem:
     packed_k: bool = False
     seqused_q: bool = False
     seqused_k: bool = False
+    tma_strides: bool = True
 
     def __post_init__(self) -> None:
         if self.dtype not in DTYPES:

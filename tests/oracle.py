@@ -7,6 +7,7 @@ import torch
 
 from flash_attn_sm120 import flash_attn_func, flash_attn_varlen_func, reference
 from flash_attn_sm120.matrix import LSE_SLACK, SLACK, largest_difference
+from flash_attn_sm120.problem import AttentionProblem
 
 FEW = 1024  # outputs, below which PyTorch's error is luck: the limit is then at least a rounding of weights and of out
 LENGTHS = ("cu_seqlens_q", "cu_seqlens_k", "seqused_q", "seqused_k")
@@ -52,3 +53,9 @@ def assert_right(q, k, v, *, out=None, with_lse=True, **options):
     error, limit = largest_difference(lse, exact_lse), 2 * largest_difference(rounded_lse, exact_lse) + LSE_SLACK
     assert error <= limit, f"lse is off by {error}, at most {limit} is allowed"
     return out, lse
+
+
+def variant_name(problem: AttentionProblem) -> str:
+    flags = ("softcap", "lse", "packed_q", "packed_k", "seqused_q", "seqused_k")
+    on = [flag for flag in flags if getattr(problem, flag)] + ["repeated"] * (not problem.tma_strides)
+    return "-".join([problem.dtype, f"{problem.head_dim}x{problem.head_dim_v}", problem.mask, *on])

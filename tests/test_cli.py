@@ -98,7 +98,7 @@ def test_compile_judges(stack, warps, verdict, monkeypatch, capsys):
     fields = {name: getattr(plan, name) for name in plan.__dataclass_fields__}
     plan = dispatch.Plan(**{**fields, "num_warps": warps, "smem_bytes": 96 << 10})
     monkeypatch.setattr(dispatch, "variants", lambda: [problem], raising=False)
-    monkeypatch.setattr(dispatch, "choose", lambda problem: plan)
+    monkeypatch.setattr(dispatch, "choose", lambda problem, arch: plan)
     monkeypatch.setattr(compile_module, "build", lambda *a, **k: type("Built", (), {"__cubin__": b""}))
     monkeypatch.setattr(cubin, "read", lambda data: [cubin.KernelResources("k", 250, stack, 1024)])
     assert cli.main(["compile", "--arch", "sm_120a,sm_121a"]) == (0 if verdict == "ok" else 1)

@@ -3,6 +3,7 @@
 import threading
 
 import pytest
+from oracle import variant_name
 
 from flash_attn_sm120 import compile as compiler
 from flash_attn_sm120 import cubin
@@ -11,20 +12,14 @@ from flash_attn_sm120.occupancy import RESERVED_BYTES, occupancy
 from flash_attn_sm120.problem import AttentionProblem
 
 
-def name(problem: AttentionProblem) -> str:
-    flags = ("softcap", "lse", "packed_q", "packed_k", "seqused_q", "seqused_k")
-    on = [flag for flag in flags if getattr(problem, flag)]
-    return "-".join([problem.dtype, f"{problem.head_dim}x{problem.head_dim_v}", problem.mask, *on])
-
-
 @pytest.mark.parametrize("arch", ["sm_120a", "sm_121a"])
-@pytest.mark.parametrize("problem", variants(), ids=name)
+@pytest.mark.parametrize("problem", variants(), ids=variant_name)
 def test_variant_has_no_stack_and_two_matrix_warps_a_sub_partition(problem, arch):
-    plan = choose(problem)
+    plan = choose(problem, arch)
     (kernel,) = cubin.read(compiler.build(problem, plan, arch, keep=True).__cubin__)
     assert kernel.stack_bytes == 0
     assert kernel.shared_bytes == RESERVED_BYTES  # of static shared memory, only what the driver reserves
-    held = occupancy(kernel.registers, plan.num_warps, plan.smem_bytes)
+    held = occupancy(kernel.registers, plan.num_warps + plan.loading_warps, plan.smem_bytes, plan.num_warps)
     assert held.blocks >= plan.blocks_per_sm
     assert held.warps_a_sub_partition >= 2
 

@@ -6,44 +6,65 @@ import sys
 
 import pytest
 
-from flash_attn_sm120.dispatch import FORWARD_TILES, choose, variants
+from flash_attn_sm120.dispatch import TILES, can_implement, choose, plan_for, variants
 from flash_attn_sm120.occupancy import REGISTERS, SHARED_BYTES, SHARED_BYTES_A_BLOCK, SUB_PARTITIONS, occupancy
 from flash_attn_sm120.problem import AttentionProblem
 
 HEAD_DIMS = range(8, 257, 8)
 
 
-def test_every_head_dim_fits_shared_memory_as_the_plan_says():
+ROWS = [(kernel, row) for kernel, rows in TILES.items() for row in rows]
+
+
+@pytest.mark.parametrize("kernel", TILES)
+def test_every_head_dim_fits_shared_memory_as_the_plan_says(kernel):
     for head_dim, head_dim_v in itertools.product(HEAD_DIMS, HEAD_DIMS):
-        plan = choose(AttentionProblem("bfloat16", head_dim, head_dim_v))
+        plan = plan_for(kernel, AttentionProblem("bfloat16", head_dim, head_dim_v))
         assert plan.smem_bytes <= SHARED_BYTES_A_BLOCK, (head_dim, head_dim_v)
         assert plan.blocks_per_sm * (plan.smem_bytes + 1024) <= SHARED_BYTES, (head_dim, head_dim_v)
 
 
-@pytest.mark.parametrize("row", FORWARD_TILES, ids=lambda row: f"{row.head_dim}-{row.head_dim_v}")
-def test_every_tile_gives_two_matrix_warps_a_sub_partition(row):
-    plan = choose(AttentionProblem("bfloat16", row.head_dim, row.head_dim_v))
+@pytest.mark.parametrize("kernel, row", ROWS, ids=lambda x: x if isinstance(x, str) else f"{x.head_dim}-{x.head_dim_v}")
+def test_every_tile_gives_two_matrix_warps_a_sub_partition(kernel, row):
+    plan = plan_for(kernel, AttentionProblem("bfloat16", row.head_dim, row.head_dim_v))
     assert plan.blocks_per_sm * plan.num_warps >= 2 * SUB_PARTITIONS
-    assert plan.blocks_per_sm * plan.num_warps * 32 * 255 <= REGISTERS
-    assert occupancy(255, plan.num_warps, plan.smem_bytes).blocks >= plan.blocks_per_sm
+    warps = plan.num_warps + plan.loading_warps
+    share = REGISTERS // (plan.blocks_per_sm * warps * 32) // 8 * 8
+    assert occupancy(min(share, 255), warps, plan.smem_bytes).blocks >= plan.blocks_per_sm
     assert plan.tile_m % (16 * plan.num_warps) == 0
     assert plan.tile_n % 16 == 0
 
 
-def test_the_table_is_searched_from_small_to_large():
-    dims = [(row.head_dim, row.head_dim_v) for row in FORWARD_TILES]
+@pytest.mark.parametrize("kernel", TILES)
+def test_the_tables_are_searched_from_small_to_large(kernel):
+    dims = [(row.head_dim, row.head_dim_v) for row in TILES[kernel]]
     assert dims == sorted(dims)
     assert dims[-1] == (256, 256)
+
+
+FLAGS = ("packed_q", "packed_k", "seqused_q", "seqused_k")
+
+
+@pytest.mark.parametrize("flags", list(itertools.product((False, True), repeat=4)))
+@pytest.mark.parametrize("tma_strides", [False, True])
+@pytest.mark.parametrize("arch", ["sm_80", "sm_89", "sm_90a", "sm_120a", "sm_121a"])
+@pytest.mark.parametrize("head_dims", [(64, 64), (96, 96), (192, 128), (256, 256), (80, 80), (72, 64), (128, 40)])
+def test_tma_only_where_the_rule_allows_it(flags, tma_strides, arch, head_dims):
+    problem = AttentionProblem("bfloat16", *head_dims, **dict(zip(FLAGS, flags, strict=True)), tma_strides=tma_strides)
+    allowed = not any(flags) and tma_strides and arch not in ("sm_80", "sm_89") and not any(d % 32 for d in head_dims)
+    assert can_implement("forward_tma", problem, arch) == allowed
+    assert can_implement("forward", problem, arch)
+    assert choose(problem, arch).kernel == ("forward_tma" if allowed else "forward")
 
 
 def test_variants_cover_each_row_and_each_feature():
     problems = variants()
     assert len(problems) == len(set(problems))
-    tiles = {(plan.tile_m, plan.tile_n, plan.num_warps) for plan in map(choose, problems)}
-    assert tiles == {(row.tile_m, row.tile_n, row.num_warps) for row in FORWARD_TILES}
+    taken = {(plan.kernel, plan.tile_m, plan.tile_n, plan.num_warps) for plan in map(choose, problems)}
+    assert taken == {(kernel, row.tile_m, row.tile_n, row.num_warps) for kernel, row in ROWS}
     for mask in ("full", "causal", "local"):
         own = [problem for problem in problems if problem.mask == mask]
-        for feature in ("softcap", "packed_q", "packed_k", "seqused_q", "seqused_k", "lse"):
+        for feature in ("softcap", "packed_q", "packed_k", "seqused_q", "seqused_k", "lse", "tma_strides"):
             assert {getattr(problem, feature) for problem in own} == {False, True}, (mask, feature)
         assert {problem.dtype for problem in own} == {"bfloat16", "float16"}
 

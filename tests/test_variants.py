@@ -5,19 +5,13 @@
 
 import pytest
 import torch
-from oracle import assert_right, ints, marks, rand
+from oracle import assert_right, ints, marks, rand, variant_name
 
 from flash_attn_sm120 import interface
 from flash_attn_sm120.dispatch import variants
 from flash_attn_sm120.problem import AttentionProblem
 
 LENGTHS_Q, LENGTHS_K = (37, 1, 130), (150, 20, 67)
-
-
-def variant_name(problem: AttentionProblem) -> str:
-    flags = ("softcap", "lse", "packed_q", "packed_k", "seqused_q", "seqused_k")
-    on = [flag for flag in flags if getattr(problem, flag)]
-    return "-".join([problem.dtype, f"{problem.head_dim}x{problem.head_dim_v}", problem.mask, *on])
 
 
 def run_variant(problem: AttentionProblem, device: torch.device) -> None:
@@ -29,6 +23,8 @@ def run_variant(problem: AttentionProblem, device: torch.device) -> None:
     q = rand(device, *rows(LENGTHS_Q, problem.packed_q), 4, problem.head_dim, dtype=dtype)
     k = rand(device, *rows(LENGTHS_K, problem.packed_k), 2, problem.head_dim, dtype=dtype)
     v = rand(device, *rows(LENGTHS_K, problem.packed_k), 2, problem.head_dim_v, dtype=dtype)
+    if not problem.tma_strides:
+        k = k[:, :, :1].expand_as(k)
     options = {}
     if problem.packed_q:
         options["cu_seqlens_q"] = marks(device, *LENGTHS_Q)

@@ -1,4 +1,4 @@
-"""The main loop with loads in a warp of their own: TMA fills K and V, mbarriers say when a tile is full or free again."""
+"""The main loop with loads in a warp of their own: TMA fills K and V, mbarriers say when a tile is full or free."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from flash_attn_sm120.device.tile import TileLayout
 SWIZZLE_BITS = {64: 3, 32: 2, 16: 1}  # by columns of a chunk; 16-byte units as in TileLayout.unit_offset
 BARRIERS = ("q_full", "k_full", "k_free", "v_full", "v_free")
 LOADING_REGISTERS = 24
-MATRIX_REGISTERS = 240
+MATRIX_REGISTERS = {8: 240, 4: 232}  # by matrix warps; with the loading group's, what a launch of equal shares had
 MATRIX_BARRIER = 1  # named barrier of the matrix warps
 
 
@@ -82,7 +82,7 @@ class TmaForwardTile(ForwardTile):
             if self.warp == self.config.plan.num_warps:
                 self.feed(shared, sources, head_kv, blocks)
         else:
-            cute.arch.setmaxregister_increase(MATRIX_REGISTERS)
+            cute.arch.setmaxregister_increase(MATRIX_REGISTERS[self.config.plan.num_warps])
             self.multiply(shared, blocks)
             self.store(mO, mLSE)
 

@@ -17,8 +17,6 @@ from flash_attn_sm120.device.scheduler import dense_tile, heads_in_l2
 from flash_attn_sm120.device.seqlen import sequence
 from flash_attn_sm120.kernels.forward import FlashAttentionForwardSm80
 
-LOADING_WARPS = 4  # a warp group, the unit in which registers change hands; its first warp works
-
 
 class FlashAttentionForwardSm120Tma(FlashAttentionForwardSm80):
     """Takes what FlashAttentionForwardSm80 takes; the length tensors must be None."""
@@ -58,7 +56,7 @@ class FlashAttentionForwardSm120Tma(FlashAttentionForwardSm80):
         self.kernel(
             mQ, mK, mV, *atoms, mO, mLSE, softmax_scale * math.log2(math.e), softcap, window_left, window_right, group
         ).launch(
-            grid=(tiles, 1, 1), block=(self.num_threads + 32 * LOADING_WARPS, 1, 1), smem=plan.smem_bytes,
+            grid=(tiles, 1, 1), block=(self.num_threads + 32 * plan.loading_warps, 1, 1), smem=plan.smem_bytes,
             stream=stream, min_blocks_per_mp=plan.blocks_per_sm, preferred_smem_carveout=100,
         )  # fmt: skip
 

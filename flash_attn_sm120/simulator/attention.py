@@ -25,7 +25,7 @@ def artifact(problem: AttentionProblem, arch: str) -> Any:
     from flash_attn_sm120.compile import build
     from flash_attn_sm120.dispatch import choose
 
-    return build(problem, choose(problem), arch, keep=True)
+    return build(problem, choose(problem, arch), arch, keep=True)
 
 
 def load(problem: AttentionProblem, arch: str | None = None) -> Callable[..., None]:
