@@ -11,7 +11,7 @@ from flash_attn_sm120.problem import AttentionProblem
 
 ELEMENT_BYTES = 2
 BARRIER_BYTES = 64  # mbarriers, behind the note
-TILE_NOTE_BYTES = 32  # what a thread block writes down for its epilogue, behind the tiles
+TILE_NOTE_BYTES = 48  # what a thread block writes down instead of keeping it in registers, behind the tiles
 
 
 @dataclass(frozen=True, slots=True)

@@ -30,7 +30,7 @@ class ForwardTile:
         tile: Tile,
         seq_q: Sequence,
         seq_k: Sequence,
-        scale_log2: Float32,
+        score_scale: Float32,
         softcap: Float32,
         window_left: Int32,
         window_right: Int32,
@@ -45,7 +45,7 @@ class ForwardTile:
         self.warp = cute.arch.make_warp_uniform(cute.arch.warp_idx())
         self.first_row = tile.m_block * plan.tile_m
         self.shift = seq_k.length - seq_q.length
-        self.softcap, self.scale_log2 = softcap, scale_log2
+        self.softcap, self.score_scale = softcap, score_scale
         self.window_left = window_left if problem.mask == "local" else None
         self.window_right = {"full": None, "causal": Int32(0), "local": window_right}[problem.mask]
 
@@ -61,7 +61,7 @@ class ForwardTile:
         self.note = self.shared + plan.note_offset
 
         m_frags = config.warp_rows // 16
-        self.softmax = OnlineSoftmax(m_frags, Float32(math.log2(math.e)) if problem.softcap else scale_log2)
+        self.softmax = OnlineSoftmax(m_frags, Float32(math.log2(math.e)) if problem.softcap else score_scale)
         self.tSrS = accumulators(m_frags, plan.tile_n // 8)
         self.tOrO = accumulators(m_frags, config.layout_v.cols // 8)
         self.tOrO.fill(0.0)
@@ -87,16 +87,18 @@ class ForwardTile:
         end_row = self.seq_k.length if checked else None
         load_tile(layout, shared, address, n * layout.rows, stride, *threads, cols, end_row)
 
+    def write_note(self, blocks: BlockRange) -> None:
+        edges = (blocks.left_edge, blocks.right_edge)
+        write_tile_note(self.note, self.first_row, self.tile.head, self.tile.batch, self.seq_q, edges)
+
     @cute.jit
     def run(self, blocks: BlockRange):
         """Q and the last KV block are loaded first; each block starts the load of the next."""
         begin, end = blocks.begin, blocks.end
-        right_edge = cutlass.max(blocks.right_edge, begin)
-        left_edge = cutlass.min(blocks.left_edge, right_edge)
+        left_edge, right_edge = blocks.left_edge, blocks.right_edge
         self.load_q()
         if self.thread == 0:
-            note = (self.first_row, self.tile.head, self.tile.batch, self.seq_q)
-            write_tile_note(self.note, *note)
+            self.write_note(blocks)
         if begin < end:
             self.load_k(end - 1, 0, True)
             if cutlass.const_expr(self.config.plan.stages > 1):
@@ -146,7 +148,7 @@ class ForwardTile:
     def accumulate(self, n: Int32, slot, masked: cutlass.Constexpr):
         config = self.config
         if cutlass.const_expr(config.problem.softcap):
-            apply_softcap(self.tSrS, 2.0 * self.scale_log2 / self.softcap, self.softcap)
+            apply_softcap(self.tSrS, self.score_scale, self.softcap)
         if cutlass.const_expr(masked):
             self.mask(n)
         tOrP = self.softmax.update(self.tSrS, self.tOrO, config.dtype)

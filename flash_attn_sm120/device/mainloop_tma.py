@@ -11,7 +11,7 @@ from cutlass.cute.nvgpu import cpasync
 from flash_attn_sm120.device.block_range import BlockRange
 from flash_attn_sm120.device.mainloop import ForwardTile
 from flash_attn_sm120.device.ptx import mbarrier_arrive
-from flash_attn_sm120.device.scheduler import write_tile_note
+from flash_attn_sm120.device.scheduler import read_edges
 from flash_attn_sm120.device.tile import TileLayout
 
 SWIZZLE_BITS = {64: 3, 32: 2, 16: 1}  # by columns of a chunk; 16-byte units as in TileLayout.unit_offset
@@ -76,7 +76,7 @@ class TmaForwardTile(ForwardTile):
         mLSE: cute.Tensor | None,
     ):
         """Both roles: the loading warps give their registers to the matrix warps."""
-        self.start(shared)
+        self.start(shared, blocks)
         if self.warp >= self.config.plan.num_warps:
             cute.arch.setmaxregister_decrease(LOADING_REGISTERS)
             if self.warp == self.config.plan.num_warps:
@@ -87,11 +87,10 @@ class TmaForwardTile(ForwardTile):
             self.store(mO, mLSE)
 
     @cute.jit
-    def start(self, shared: cute.Pointer):
+    def start(self, shared: cute.Pointer, blocks: BlockRange):
         barriers = self.barriers(shared)
         if self.thread == 0:
-            note = (self.first_row, self.tile.head, self.tile.batch, self.seq_q)
-            write_tile_note(self.note, *note)
+            self.write_note(blocks)
             for name in BARRIERS:
                 count = self.config.plan.num_warps if name.endswith("free") else 1
                 cute.arch.mbarrier_init(barriers[name], count)
@@ -127,12 +126,13 @@ class TmaForwardTile(ForwardTile):
         """A matrix warp: the main loop on what the loading warp brings."""
         bars = self.barriers(shared)
         begin, end = blocks.begin, blocks.end
-        right_edge = cutlass.max(blocks.right_edge, begin)
-        left_edge = cutlass.min(blocks.left_edge, right_edge)
+        left_edge, right_edge = blocks.left_edge, blocks.right_edge
         if begin < end:
             cute.arch.mbarrier_wait(bars["q_full"], 0)
         for i in cutlass.range(end - begin, unroll=1):
             n = end - 1 - i
+            if cutlass.const_expr(self.config.problem.mask == "local"):
+                left_edge, right_edge = read_edges(self.note)
             if (n >= right_edge) | (n < left_edge):
                 self.fed_block(bars, n, i & 1, True)
             else:

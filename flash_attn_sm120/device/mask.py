@@ -7,8 +7,6 @@ import math
 import cutlass
 from cutlass import Float32, Int32, cute
 
-from flash_attn_sm120.device.fragments import elements
-
 
 def apply_mask(
     tSrS: cute.Tensor,
@@ -27,17 +25,16 @@ def apply_mask(
     """
     group, quad = lane // 4, lane % 4
     own_col = first_col + 2 * quad
-    bounds = []
-    for r in range(2 * tSrS.shape[0]):
+    m_frags, n_frags, _ = tSrS.shape
+    for r in range(2 * m_frags):
         diagonal = first_row + 8 * r + group + shift - own_col
         end = seqlen_k - own_col
         if window_right is not None:
             end = cutlass.min(end, diagonal + window_right + 1)
-        bounds.append((None if window_left is None else diagonal - window_left, end))
-    for m, n, i in elements(tSrS):
-        begin, end = bounds[2 * m + i // 2]
-        col = 8 * n + i % 2
-        visible = end > col
-        if begin is not None:
-            visible = visible & (begin <= col)
-        tSrS[m, n, i] = cutlass.select_(visible, tSrS[m, n, i], Float32(-math.inf))
+        for n in range(n_frags):
+            for j in range(2):
+                col, place = 8 * n + j, (r // 2, n, 2 * (r % 2) + j)
+                visible = end > col
+                if window_left is not None:
+                    visible = visible & (diagonal - window_left <= col)
+                tSrS[place] = cutlass.select_(visible, tSrS[place], Float32(-math.inf))

@@ -23,9 +23,11 @@ class Tile:
     valid: cutlass.Boolean
 
 
-def write_tile_note(shared: Int32, first_row: Int32, head: Int32, batch: Int32, seq_q: Sequence) -> None:
-    """Keeps in shared memory what only the epilogue needs, so that no register holds it through the main loop."""
-    values = (first_row, head, batch, seq_q.batch, seq_q.start, seq_q.length, seq_q.room, Int32(0))
+def write_tile_note(
+    shared: Int32, first_row: Int32, head: Int32, batch: Int32, seq_q: Sequence, edges: tuple[Int32, Int32]
+) -> None:
+    """Keeps in shared memory what is needed seldom, so that no register holds it through the main loop."""
+    values = (first_row, head, batch, seq_q.batch, seq_q.start, seq_q.length, seq_q.room, Int32(0), *edges)
     for i, value in enumerate(values):
         store_shared_b32(shared + 4 * i, value)
 
@@ -35,6 +37,12 @@ def read_tile_note(shared: Int32) -> tuple[Int32, Int32, Int32, Sequence]:
     first_row, head, batch, index = load_shared_v4(shared)
     start, length, room, _ = load_shared_v4(shared + 16)
     return first_row, head, batch, Sequence(start, index, length, room)
+
+
+def read_edges(shared: Int32) -> tuple[Int32, Int32]:
+    """(left_edge, right_edge) as written: the KV blocks between them need no mask."""
+    left_edge, right_edge, _, _ = load_shared_v4(shared + 32)
+    return left_edge, right_edge
 
 
 def dense_tile(block: Int32, m_blocks: Int32, heads: Int32, batch: Int32, group: Int32) -> Tile:
