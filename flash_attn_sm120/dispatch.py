@@ -67,7 +67,7 @@ FORWARD_TILES = (
 )
 FORWARD_TMA_TILES = (
     TileRow(64, 64, tile_m=128, tile_n=64, num_warps=4, stages=1, blocks_per_sm=2),
-    TileRow(96, 96, tile_m=256, tile_n=64, num_warps=8, stages=1, blocks_per_sm=1),
+    TileRow(96, 96, tile_m=128, tile_n=64, num_warps=4, stages=1, blocks_per_sm=2),
     TileRow(128, 128, tile_m=128, tile_n=32, num_warps=4, stages=1, blocks_per_sm=2),
     TileRow(192, 192, tile_m=128, tile_n=64, num_warps=8, stages=1, blocks_per_sm=1),
     TileRow(256, 256, tile_m=128, tile_n=32, num_warps=8, stages=1, blocks_per_sm=1),

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-
 import cutlass
 from cutlass import Float32, Int32, Int64, cute
 
@@ -31,7 +29,7 @@ class ForwardTile:
         seq_q: Sequence,
         seq_k: Sequence,
         score_scale: Float32,
-        softcap: Float32,
+        cap_scale: Float32,
         window_left: Int32,
         window_right: Int32,
     ):
@@ -45,7 +43,7 @@ class ForwardTile:
         self.warp = cute.arch.make_warp_uniform(cute.arch.warp_idx())
         self.first_row = tile.m_block * plan.tile_m
         self.shift = seq_k.length - seq_q.length
-        self.softcap, self.score_scale = softcap, score_scale
+        self.cap_scale, self.score_scale = cap_scale, score_scale
         self.window_left = window_left if problem.mask == "local" else None
         self.window_right = {"full": None, "causal": Int32(0), "local": window_right}[problem.mask]
 
@@ -61,7 +59,7 @@ class ForwardTile:
         self.note = self.shared + plan.note_offset
 
         m_frags = config.warp_rows // 16
-        self.softmax = OnlineSoftmax(m_frags, Float32(math.log2(math.e)) if problem.softcap else score_scale)
+        self.softmax = OnlineSoftmax(m_frags, Float32(1.0) if problem.softcap else score_scale)
         self.tSrS = accumulators(m_frags, plan.tile_n // 8)
         self.tOrO = accumulators(m_frags, config.layout_v.cols // 8)
         self.tOrO.fill(0.0)
@@ -88,7 +86,7 @@ class ForwardTile:
         load_tile(layout, shared, address, n * layout.rows, stride, *threads, cols, end_row)
 
     def write_note(self, blocks: BlockRange) -> None:
-        edges = (blocks.left_edge, blocks.right_edge)
+        edges = (blocks.left_edge, blocks.right_edge, blocks.end)
         write_tile_note(self.note, self.first_row, self.tile.head, self.tile.batch, self.seq_q, edges)
 
     @cute.jit
@@ -148,7 +146,7 @@ class ForwardTile:
     def accumulate(self, n: Int32, slot, masked: cutlass.Constexpr):
         config = self.config
         if cutlass.const_expr(config.problem.softcap):
-            apply_softcap(self.tSrS, self.score_scale, self.softcap)
+            apply_softcap(self.tSrS, self.score_scale, self.cap_scale)
         if cutlass.const_expr(masked):
             self.mask(n)
         tOrP = self.softmax.update(self.tSrS, self.tOrO, config.dtype)
@@ -167,7 +165,8 @@ class ForwardTile:
         problem, layout = config.problem, config.layout_o
         first_row, head, batch, seq_q = read_tile_note(self.note)
         row = first_row + self.warp_row
-        factors, lses = self.softmax.finish(row + self.lane // 4, seq_q.length)
+        constant = -0.5 * self.cap_scale if problem.softcap else 0.0
+        factors, lses = self.softmax.finish(row + self.lane // 4, seq_q.length, constant)
         shared = self.shared + self.warp_row * layout.row_bytes
         stage_output(layout, shared, self.tOrO, factors, self.lane, config.dtype)
         cute.arch.sync_warp()

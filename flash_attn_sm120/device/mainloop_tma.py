@@ -130,9 +130,9 @@ class TmaForwardTile(ForwardTile):
         if begin < end:
             cute.arch.mbarrier_wait(bars["q_full"], 0)
         for i in cutlass.range(end - begin, unroll=1):
+            if cutlass.const_expr(self.config.edges_in_memory):
+                left_edge, right_edge, end = read_edges(self.note)
             n = end - 1 - i
-            if cutlass.const_expr(self.config.problem.mask == "local"):
-                left_edge, right_edge = read_edges(self.note)
             if (n >= right_edge) | (n < left_edge):
                 self.fed_block(bars, n, i & 1, True)
             else:

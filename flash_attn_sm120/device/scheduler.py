@@ -24,10 +24,11 @@ class Tile:
 
 
 def write_tile_note(
-    shared: Int32, first_row: Int32, head: Int32, batch: Int32, seq_q: Sequence, edges: tuple[Int32, Int32]
+    shared: Int32, first_row: Int32, head: Int32, batch: Int32, seq_q: Sequence, edges: tuple[Int32, Int32, Int32]
 ) -> None:
     """Keeps in shared memory what is needed seldom, so that no register holds it through the main loop."""
-    values = (first_row, head, batch, seq_q.batch, seq_q.start, seq_q.length, seq_q.room, Int32(0), *edges)
+    spare = Int32(0)  # notes are read in fours
+    values = (first_row, head, batch, seq_q.batch, seq_q.start, seq_q.length, seq_q.room, spare, *edges, spare)
     for i, value in enumerate(values):
         store_shared_b32(shared + 4 * i, value)
 
@@ -39,10 +40,10 @@ def read_tile_note(shared: Int32) -> tuple[Int32, Int32, Int32, Sequence]:
     return first_row, head, batch, Sequence(start, index, length, room)
 
 
-def read_edges(shared: Int32) -> tuple[Int32, Int32]:
-    """(left_edge, right_edge) as written: the KV blocks between them need no mask."""
-    left_edge, right_edge, _, _ = load_shared_v4(shared + 32)
-    return left_edge, right_edge
+def read_edges(shared: Int32) -> tuple[Int32, Int32, Int32]:
+    """(left_edge, right_edge, end) as written: the KV blocks between the first two need no mask, the last is end - 1."""
+    left_edge, right_edge, end, _ = load_shared_v4(shared + 32)
+    return left_edge, right_edge, end
 
 
 def dense_tile(block: Int32, m_blocks: Int32, heads: Int32, batch: Int32, group: Int32) -> Tile:

@@ -15,6 +15,7 @@ from flash_attn_sm120.device.fragments import elements
 from flash_attn_sm120.device.ptx import exp2, fma, log2, pack_pair, reciprocal
 
 NEG_INF = -math.inf
+GROWTH = 8.0  # in the base-2 exponent
 
 
 def tree_reduce(values: list, combine):
@@ -32,17 +33,22 @@ def quad_reduce(value: Float32, combine) -> Float32:
     return value
 
 
-def apply_softcap(tSrS: cute.Tensor, inner_scale: Float32, softcap: Float32) -> None:
-    """score -> softcap * tanh(score * softmax_scale / softcap); inner_scale = 2 log2(e) softmax_scale / softcap.
+def apply_softcap(tSrS: cute.Tensor, inner_scale: Float32, cap_scale: Float32) -> None:
+    """score -> log2(e) * softcap * (tanh(score * softmax_scale / softcap) - 1), into base 2 and without the constant
+    that softmax doesn't see. inner_scale = 2 log2(e) softmax_scale / softcap, cap_scale = -2 log2(e) softcap.
 
     tanh(x) = 1 - 2 / (1 + e^2x): its absolute error is that of ex2 and rcp, where tanh.approx loses 2^-11.
     """
     for place in elements(tSrS):
-        tSrS[place] = fma(-2.0 * softcap, reciprocal(1.0 + exp2(tSrS[place] * inner_scale)), softcap)
+        tSrS[place] = reciprocal(1.0 + exp2(tSrS[place] * inner_scale)) * cap_scale
 
 
 class OnlineSoftmax:
-    """Statistics of a thread's rows; row r is rows 8 r + lane // 4 of the warp."""
+    """Statistics of a thread's rows; row r is rows 8 r + lane // 4 of the warp.
+
+    row_max is the maximum that the row's exponents are taken from. It follows the true one only once that has grown by
+    more than GROWTH, as P up to 2^GROWTH and sums of it lose nothing in float32, bf16 or fp16; so O is seldom rescaled.
+    """
 
     def __init__(self, m_frags: int, scale_log2: Float32):
         self.scale_log2 = scale_log2
@@ -53,51 +59,66 @@ class OnlineSoftmax:
             self.row_max[r] = Float32(NEG_INF)
             self.row_sum[r] = Float32(0.0)
 
-    def reference(self, row_max: Float32) -> Float32:
-        """What is subtracted in the exponent; 0 for a row that has seen nothing avoids inf - inf."""
-        return cutlass.select_(row_max == NEG_INF, Float32(0.0), row_max) * self.scale_log2
+    def offset(self, row_max: Float32) -> Float32:
+        """What is added in the exponent; 0 for a row that has seen nothing avoids inf - inf."""
+        return cutlass.select_(row_max == NEG_INF, Float32(0.0), -row_max * self.scale_log2)
 
-    def update(self, tSrS: cute.Tensor, tOrO: cute.Tensor, dtype: str) -> list:
+    @cute.jit
+    def update(self, tSrS: cute.Tensor, tOrO: cute.Tensor, dtype: cutlass.Constexpr) -> list:
         """Takes a block's scores in: rescales tOrO, returns P (not yet divided by the row sums) as A operand of P V,
         [m][16 keys] -> packed pairs (rows 0-7, 8-15 of keys 0-7, then of keys 8-15)."""
         new_max = [self._block_max(tSrS, r) for r in range(self.rows)]
-        offsets = [-self.reference(value) for value in new_max]
-        factors = [exp2(fma(self.row_max[r], self.scale_log2, offsets[r])) for r in range(self.rows)]
-        for m, n, i in elements(tOrO):
-            tOrO[m, n, i] = tOrO[m, n, i] * factors[2 * m + i // 2]
-        m_frags, n_frags, _ = tSrS.shape
-        pairs = {}
-        for r in range(self.rows):
-            sums = []
-            for n in range(n_frags):
-                low, high = (self._probability(tSrS, r, n, j, offsets[r]) for j in range(2))
-                sums.append(low + high)
-                pairs[r, n] = pack_pair(low, high, dtype)
-            self.row_max[r] = new_max[r]
-            self.row_sum[r] = fma(self.row_sum[r], factors[r], tree_reduce(sums, operator.add))
-        return [
-            [[pairs[2 * m + half, n + right] for right in range(2) for half in range(2)] for n in range(0, n_frags, 2)]
-            for m in range(m_frags)
-        ]
+        grown = cutlass.Boolean(False)
+        for r in cutlass.range_constexpr(self.rows):
+            grown = grown | ((new_max[r] - self.row_max[r]) * self.scale_log2 > GROWTH)
+        if cute.arch.vote_any_sync(grown):
+            self._rescale(new_max, tOrO)
+        return self._probabilities(tSrS, dtype)
 
     def _block_max(self, tSrS: cute.Tensor, r: int) -> Float32:
         m, half = r // 2, r % 2
         scores = [tSrS[m, n, 2 * half + j] for n in range(tSrS.shape[1]) for j in range(2)]
         return quad_reduce(tree_reduce([self.row_max[r], *scores], cute.arch.fmax), cute.arch.fmax)
 
-    def _probability(self, tSrS: cute.Tensor, r: int, n: int, j: int, offset: Float32) -> Float32:
-        return exp2(fma(tSrS[r // 2, n, 2 * (r % 2) + j], self.scale_log2, offset))
+    def _rescale(self, new_max: list[Float32], tOrO: cute.Tensor) -> None:
+        factors = []
+        for r in range(self.rows):
+            factors.append(exp2(fma(self.row_max[r], self.scale_log2, self.offset(new_max[r]))))
+            self.row_max[r] = new_max[r]
+            self.row_sum[r] = self.row_sum[r] * factors[r]
+        for m, n, i in elements(tOrO):
+            tOrO[m, n, i] = tOrO[m, n, i] * factors[2 * m + i // 2]
 
-    def finish(self, first_row: Int32, seqlen_q: Int32) -> tuple[list[Float32], list[Float32]]:
+    def _probabilities(self, tSrS: cute.Tensor, dtype: str) -> list:
+        m_frags, n_frags, _ = tSrS.shape
+        pairs = {}
+        for r in range(self.rows):
+            m, half = r // 2, r % 2
+            offset = self.offset(self.row_max[r])
+            sums = []
+            for n in range(n_frags):
+                low, high = (exp2(fma(tSrS[m, n, 2 * half + j], self.scale_log2, offset)) for j in range(2))
+                sums.append(low + high)
+                pairs[m, half, n] = pack_pair(low, high, dtype)
+            self.row_sum[r] = self.row_sum[r] + tree_reduce(sums, operator.add)
+        return [
+            [[pairs[m, half, n + right] for right in range(2) for half in range(2)] for n in range(0, n_frags, 2)]
+            for m in range(m_frags)
+        ]
+
+    def finish(
+        self, first_row: Int32, seqlen_q: Int32, constant: Float32 | float = 0.0
+    ) -> tuple[list[Float32], list[Float32]]:
         """(factor that normalises a row of O, natural-log LSE of the row), for each row of the thread.
 
         first_row: the thread's first row in the sequence; rows from seqlen_q on count as having seen nothing.
+        constant: what the scores lack, in base 2.
         """
         factors, lses = [], []
         for r in range(self.rows):
             total = quad_reduce(self.row_sum[r], operator.add)
             empty = (self.row_max[r] == NEG_INF) | (first_row + 8 * r >= seqlen_q)
             factors.append(cutlass.select_(empty, Float32(0.0), reciprocal(total)))
-            lse = (self.row_max[r] * self.scale_log2 + log2(total)) * math.log(2.0)
+            lse = (self.row_max[r] * self.scale_log2 + constant + log2(total)) * math.log(2.0)
             lses.append(cutlass.select_(empty, Float32(NEG_INF), lse))
         return factors, lses

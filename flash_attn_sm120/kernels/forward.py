@@ -71,19 +71,21 @@ class FlashAttentionForwardSm80:
         row_bytes = 2 * (problem.head_dim + problem.head_dim_v)
         seqlen_k = mK.shape[0] // batch if problem.packed_k else mK.shape[1]
         group = heads_in_l2(heads // heads_kv, seqlen_k, row_bytes)
-        score_scale = self.score_scale(softmax_scale, softcap)
+        score_scale, cap_scale = self.scales(softmax_scale, softcap)
         self.kernel(
             mQ, mK, mV, mO, mLSE, mCuSeqlensQ, mCuSeqlensK, mSeqUsedQ, mSeqUsedK,
-            score_scale, softcap, window_left, window_right, group,
+            score_scale, cap_scale, window_left, window_right, group,
         ).launch(
             grid=grid, block=(self.num_threads, 1, 1), smem=plan.smem_bytes, stream=stream,
             min_blocks_per_mp=plan.blocks_per_sm, preferred_smem_carveout=100,
         )  # fmt: skip
 
-    def score_scale(self, softmax_scale: Float32, softcap: Float32) -> Float32:
-        """What the kernel multiplies a raw score by: into base 2, or into the exponent of softcap's tanh."""
+    def scales(self, softmax_scale: Float32, softcap: Float32) -> tuple[Float32, Float32]:
+        """(what the kernel multiplies a raw score by, cap_scale of apply_softcap)."""
         scale_log2 = softmax_scale * math.log2(math.e)
-        return 2.0 * scale_log2 / softcap if self.problem.softcap else scale_log2
+        if self.problem.softcap:
+            return 2.0 * scale_log2 / softcap, softcap * (-2.0 * math.log2(math.e))
+        return scale_log2, Float32(0.0)
 
     @cute.kernel
     def kernel(
@@ -98,7 +100,7 @@ class FlashAttentionForwardSm80:
         mSeqUsedQ: cute.Tensor | None,
         mSeqUsedK: cute.Tensor | None,
         score_scale: Float32,
-        softcap: Float32,
+        cap_scale: Float32,
         window_left: Int32,
         window_right: Int32,
         group: Int32,
@@ -120,7 +122,7 @@ class FlashAttentionForwardSm80:
             blocks = block_range(
                 problem.mask, tile.m_block, plan.tile_m, plan.tile_n, *lengths, window_left, window_right
             )
-            work = ForwardTile(self, mQ, mK, mV, tile, seq_q, seq_k, score_scale, softcap, window_left, window_right)
+            work = ForwardTile(self, mQ, mK, mV, tile, seq_q, seq_k, score_scale, cap_scale, window_left, window_right)
             work.run(blocks)
             work.store(mO, mLSE)
 

@@ -22,6 +22,8 @@ class FlashAttentionForwardSm120Tma(FlashAttentionForwardSm80):
     def __init__(self, problem, plan):
         super().__init__(problem, plan)
         self.pack_gqa = False
+        # these two leave the main loop no registers for the range of blocks that need no mask
+        self.edges_in_memory = problem.mask == "local" or problem.softcap
 
     @cute.jit
     def __call__(
@@ -51,9 +53,9 @@ class FlashAttentionForwardSm120Tma(FlashAttentionForwardSm80):
             box = (layout.rows, layout.chunk_cols)
             atoms += [*cpasync.make_tiled_tma_atom(op, rows_first(tensor), chunk_layout(layout), box)]
         tiles = cute.ceil_div(mQ.shape[1], plan.tile_m) * heads * mQ.shape[0]
-        score_scale = self.score_scale(softmax_scale, softcap)
+        score_scale, cap_scale = self.scales(softmax_scale, softcap)
         self.kernel(
-            mQ, mK, mV, *atoms, mO, mLSE, score_scale, softcap, window_left, window_right, group
+            mQ, mK, mV, *atoms, mO, mLSE, score_scale, cap_scale, window_left, window_right, group
         ).launch(
             grid=(tiles, 1, 1), block=(self.num_threads + 32 * plan.loading_warps, 1, 1), smem=plan.smem_bytes,
             stream=stream, min_blocks_per_mp=plan.blocks_per_sm, preferred_smem_carveout=100,
@@ -74,7 +76,7 @@ class FlashAttentionForwardSm120Tma(FlashAttentionForwardSm80):
         mO: cute.Tensor,
         mLSE: cute.Tensor | None,
         score_scale: Float32,
-        softcap: Float32,
+        cap_scale: Float32,
         window_left: Int32,
         window_right: Int32,
         group: Int32,
@@ -86,7 +88,7 @@ class FlashAttentionForwardSm120Tma(FlashAttentionForwardSm80):
         seq_q, seq_k = sequence(mQ, tile.batch, None, None), sequence(mK, tile.batch, None, None)
         lengths = (seq_q.length, seq_k.length)
         blocks = block_range(problem.mask, tile.m_block, plan.tile_m, plan.tile_n, *lengths, window_left, window_right)
-        work = TmaForwardTile(self, mQ, mK, mV, tile, seq_q, seq_k, score_scale, softcap, window_left, window_right)
+        work = TmaForwardTile(self, mQ, mK, mV, tile, seq_q, seq_k, score_scale, cap_scale, window_left, window_right)
         shared = cute.arch.get_dyn_smem(cutlass.Uint8, alignment=1024)
         sources = {
             "q": TmaSource(atom_q, gQ, mQ.element_type, self.layout_q, 0),

@@ -10,10 +10,12 @@ from flash_attn_sm120 import flash_attn_func
 from flash_attn_sm120.simulator import SimulationError, simulate
 
 
-def attention(edit=None, seqlen_q=200, seqlen_k=190, batch=1):
-    """Runs causal attention, head_dim 128, with edited PTX."""
+def attention(edit=None, seqlen_q=200, seqlen_k=190, batch=1, tma=False):
+    """Runs causal attention, head_dim 128, with edited PTX; repeated keys take the plain kernel."""
     q = torch.randn(batch, seqlen_q, 2, 128).bfloat16()
-    k, v = (torch.randn(batch, seqlen_k, 1, 128).bfloat16() for _ in range(2))
+    k, v = (torch.randn(batch, seqlen_k, 1, 128).bfloat16().expand(-1, -1, 2, -1) for _ in range(2))
+    if tma:
+        k, v = k[:, :, :1], v[:, :, :1]
     with simulate(edit=edit):
         return flash_attn_func(q, k, v, causal=True, return_lse=True)
 
@@ -86,3 +88,19 @@ def test_divergent_barrier():
     skip = "{ .reg .pred q; .reg .b32 t; mov.u32 t, %tid.x; setp.eq.u32 q, t, 37; @q bra OVER; bar.sync 0; OVER: }"
     report = fault(lambda ptx: re.sub(r"bar\.sync\s+0;", skip, ptx, count=1))
     assert report.kind == "divergent barrier" and (report.warp, report.lane) == (1, 5)
+
+
+@pytest.mark.parametrize("number", range(4))
+def test_a_tile_is_never_given_back(number):
+    """The loading warp waits for matrix warps that never say that they are done."""
+    report = fault(without(r"@p mbarrier\.arrive\.shared\.b64 _, \[[^;]*;", number), tma=True, seqlen_k=400)
+    assert report.kind == "deadlock"
+
+
+def test_a_tile_is_read_before_it_is_full():
+    def edit(ptx: str) -> str:
+        """Every wait of the matrix warps passes at once."""
+        return re.sub(r"(mbarrier\.try_wait\.parity[^;]*, )(%r\d+)(, %?\w+)?;", r"\g<1>1;", ptx)
+
+    report = fault(edit, tma=True)
+    assert report.kind in ("shared-memory race", "read of unwritten shared memory")
