@@ -41,7 +41,7 @@ def read_tile_note(shared: Int32) -> tuple[Int32, Int32, Int32, Sequence]:
 
 
 def read_edges(shared: Int32) -> tuple[Int32, Int32, Int32]:
-    """(left_edge, right_edge, end) as written: the KV blocks between the first two need no mask, the last is end - 1."""
+    """(left_edge, right_edge, end) as written: KV blocks between the first two need no mask, the last is end - 1."""
     left_edge, right_edge, end, _ = load_shared_v4(shared + 32)
     return left_edge, right_edge, end
 
