@@ -298,9 +298,8 @@ def _has_whole_strides(tensor: torch.Tensor) -> bool:
 
 
 def _has_tma_strides(tensor: torch.Tensor) -> bool:
-    """Whether a tensor map can hold the strides, those of a copy where one will be made: a repeated dimension can't."""
-    places = zip(tensor.shape, tensor.stride(), strict=True)
-    return not _has_whole_strides(tensor) or all(stride > 0 or size == 1 for size, stride in places)
+    """Whether a tensor map can hold the strides: those of a repeated dimension it can't."""
+    return all(stride > 0 or size == 1 for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
 
 
 def _aligned(tensor: torch.Tensor) -> torch.Tensor:
