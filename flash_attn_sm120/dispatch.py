@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from flash_attn_sm120.problem import AttentionProblem
+from flash_attn_sm120.problem import MASKS, AttentionProblem, padded
 
 ELEMENT_BYTES = 2
 BARRIER_BYTES = 64  # mbarriers, behind the note
@@ -76,11 +76,6 @@ TILES = {"forward": FORWARD_TILES, "forward_tma": FORWARD_TMA_TILES}
 LOADING_WARPS = {"forward": 0, "forward_tma": 4}  # four, as registers change hands between groups of four warps
 
 
-def padded(head_dim: int) -> int:
-    """Columns as the matrix instructions see them: head_dim rounded up to their depth of 16."""
-    return (head_dim + 15) // 16 * 16
-
-
 def smem_bytes(problem: AttentionProblem, row: TileRow) -> int:
     """Q, `stages` tiles of K and of V, a note and the barriers; out takes the tiles' place at the end."""
     d, dv = padded(problem.head_dim), padded(problem.head_dim_v)
@@ -114,7 +109,6 @@ def choose(problem: AttentionProblem, arch: str = "sm_120a") -> Plan:
 
 
 HEAD_DIMS = ((64, 64), (80, 80), (96, 96), (128, 128), (192, 128), (192, 192), (256, 256))
-MASKS = ("full", "causal", "local")
 
 
 def variants() -> list[AttentionProblem]:

@@ -9,6 +9,11 @@ DTYPES = ("bfloat16", "float16")
 MASKS = ("full", "causal", "local")
 
 
+def padded(head_dim: int) -> int:
+    """Columns as the matrix instructions see them: head_dim rounded up to their depth of 16."""
+    return (head_dim + 15) // 16 * 16
+
+
 @dataclass(frozen=True, slots=True)
 class AttentionProblem:
     """One attention forward, up to sizes that are only known at run time.

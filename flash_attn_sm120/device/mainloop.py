@@ -37,7 +37,7 @@ class ForwardTile:
         problem, plan = config.problem, config.plan
         heads = mQ.shape[1 if problem.packed_q else 2]
         heads_kv = mK.shape[1 if problem.packed_k else 2]
-        head_kv = tile.head // (heads // heads_kv)
+        self.head_kv = tile.head // (heads // heads_kv)
         self.thread, _, _ = cute.arch.thread_idx()
         self.lane = cute.arch.lane_idx()
         self.warp = cute.arch.make_warp_uniform(cute.arch.warp_idx())
@@ -48,8 +48,8 @@ class ForwardTile:
         self.window_right = {"full": None, "causal": Int32(0), "local": window_right}[problem.mask]
 
         self.q_address, self.q_stride = head_address(mQ, seq_q, tile.head, problem.packed_q)
-        self.k_address, self.k_stride = head_address(mK, seq_k, head_kv, problem.packed_k)
-        self.v_address, self.v_stride = head_address(mV, seq_k, head_kv, problem.packed_k)
+        self.k_address, self.k_stride = head_address(mK, seq_k, self.head_kv, problem.packed_k)
+        self.v_address, self.v_stride = head_address(mV, seq_k, self.head_kv, problem.packed_k)
 
         self.shared = cute.arch.get_dyn_smem(cutlass.Uint8, alignment=1024).toint()
         self.warp_row = self.warp * config.warp_rows

@@ -70,7 +70,6 @@ class TmaForwardTile(ForwardTile):
         self,
         shared: cute.Pointer,
         sources: dict,
-        head_kv: Int32,
         blocks: BlockRange,
         mO: cute.Tensor,
         mLSE: cute.Tensor | None,
@@ -80,7 +79,7 @@ class TmaForwardTile(ForwardTile):
         if self.warp >= self.config.plan.num_warps:
             cute.arch.setmaxregister_decrease(LOADING_REGISTERS)
             if self.warp == self.config.plan.num_warps:
-                self.feed(shared, sources, head_kv, blocks)
+                self.feed(shared, sources, blocks)
         else:
             cute.arch.setmaxregister_increase(MATRIX_REGISTERS[self.config.plan.num_warps])
             self.multiply(shared, blocks)
@@ -98,7 +97,7 @@ class TmaForwardTile(ForwardTile):
         cute.arch.sync_threads()
 
     @cute.jit
-    def feed(self, shared: cute.Pointer, sources: dict, head_kv: Int32, blocks: BlockRange):
+    def feed(self, shared: cute.Pointer, sources: dict, blocks: BlockRange):
         """The loading warp: Q and the last KV block at once, each other tile as soon as its place is free."""
         bars = self.barriers(shared)
         tile, layouts = self.tile, self.config
@@ -111,10 +110,10 @@ class TmaForwardTile(ForwardTile):
             free = (i & 1) ^ 1
             cute.arch.mbarrier_wait(bars["k_free"], free)
             self.expect(bars["k_full"], layouts.layout_k.bytes)
-            sources["k"].load(shared, head_kv, tile.batch, n, bars["k_full"])
+            sources["k"].load(shared, self.head_kv, tile.batch, n, bars["k_full"])
             cute.arch.mbarrier_wait(bars["v_free"], free)
             self.expect(bars["v_full"], layouts.layout_v.bytes)
-            sources["v"].load(shared, head_kv, tile.batch, n, bars["v_full"])
+            sources["v"].load(shared, self.head_kv, tile.batch, n, bars["v_full"])
 
     @cute.jit
     def expect(self, barrier: cute.Pointer, size: cutlass.Constexpr):

@@ -12,11 +12,6 @@ ELEMENT_BYTES = 2
 VECTOR = 8  # elements in 16 bytes, the unit of cp.async, of an ldmatrix row and of the swizzle
 
 
-def padded_head_dim(head_dim: int) -> int:
-    """Columns that the matrix instructions see: head_dim rounded up to their depth of 16."""
-    return (head_dim + 15) // 16 * 16
-
-
 @dataclass(frozen=True)
 class TileLayout:
     """`rows` x `cols` 16-bit elements, cols a multiple of 16.

@@ -16,8 +16,8 @@ from flash_attn_sm120.device.block_range import block_range
 from flash_attn_sm120.device.mainloop import ForwardTile
 from flash_attn_sm120.device.scheduler import dense_tile, heads_in_l2, packed_tile
 from flash_attn_sm120.device.seqlen import sequence
-from flash_attn_sm120.device.tile import TileLayout, padded_head_dim
-from flash_attn_sm120.problem import AttentionProblem
+from flash_attn_sm120.device.tile import TileLayout
+from flash_attn_sm120.problem import AttentionProblem, padded
 
 if TYPE_CHECKING:
     from flash_attn_sm120.dispatch import Plan
@@ -34,10 +34,10 @@ class FlashAttentionForwardSm80:
         self.dtype = PTX_DTYPE[problem.dtype]
         self.num_threads = 32 * plan.num_warps
         self.warp_rows = plan.tile_m // plan.num_warps
-        self.layout_q = TileLayout(plan.tile_m, padded_head_dim(problem.head_dim))
-        self.layout_k = TileLayout(plan.tile_n, padded_head_dim(problem.head_dim))
-        self.layout_v = TileLayout(plan.tile_n, padded_head_dim(problem.head_dim_v))
-        self.layout_o = TileLayout(plan.tile_m, padded_head_dim(problem.head_dim_v))
+        self.layout_q = TileLayout(plan.tile_m, padded(problem.head_dim))
+        self.layout_k = TileLayout(plan.tile_n, padded(problem.head_dim))
+        self.layout_v = TileLayout(plan.tile_n, padded(problem.head_dim_v))
+        self.layout_o = TileLayout(plan.tile_m, padded(problem.head_dim_v))
 
     @cute.jit
     def __call__(

@@ -95,4 +95,4 @@ class FlashAttentionForwardSm120Tma(FlashAttentionForwardSm80):
             "k": TmaSource(atom_k, gK, mK.element_type, self.layout_k, work.offset_k),
             "v": TmaSource(atom_v, gV, mV.element_type, self.layout_v, work.offset_v),
         }
-        work.run(shared, sources, tile.head // (heads // mK.shape[2]), blocks, mO, mLSE)
+        work.run(shared, sources, blocks, mO, mLSE)
