@@ -22,6 +22,7 @@ import torch.nn.functional as F
 from timing import median_ms
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from flash_attn_sm120.arguments import Arguments, Numbers
 from flash_attn_sm120.compile import build
 from flash_attn_sm120.dispatch import choose, plan_for
 from flash_attn_sm120.problem import AttentionProblem
@@ -85,11 +86,11 @@ def ours(cell: Cell, occupancy: str, kernel: str) -> Callable:
         plan = as_on_sm120(plan, properties.shared_memory_per_multiprocessor)
     launch = build(cell.problem, plan, target)
     left = -1 if cell.window is None else cell.window
-    scale = 1 / math.sqrt(cell.head_dim)
+    numbers = Numbers(1 / math.sqrt(cell.head_dim), window_left=left)
 
     def call(q, k, v):
         out = torch.empty((*q.shape[:-1], v.shape[-1]), dtype=q.dtype, device=q.device)
-        launch(q, k, v, out, None, None, None, None, None, scale, 0.0, left, 0)
+        launch(*Arguments(q, k, v, out, numbers=numbers))
         return out
 
     return call

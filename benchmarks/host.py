@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 
 from flash_attn_sm120 import flash_attn_func, flash_attn_varlen_func
+from flash_attn_sm120.arguments import Arguments, Numbers
 from flash_attn_sm120.checks import target_of
 from flash_attn_sm120.compile import load
 from flash_attn_sm120.problem import AttentionProblem
@@ -46,7 +47,8 @@ def main() -> None:
         "torch SDPA": lambda: F.scaled_dot_product_attention(heads_first, heads_first, heads_first),
     }
     launcher = load(AttentionProblem("bfloat16", 128, 128), target_of(torch.cuda.get_device_capability()))
-    calls["the launcher alone"] = lambda: launcher(q, q, q, out, None, None, None, None, None, 0.1, 0.0, 0, 0)
+    arguments = Arguments(q, q, q, out, numbers=Numbers(0.1))
+    calls["the launcher alone"] = lambda: launcher(*arguments)
     longer = torch.randn(1, 5000, 2, 128, device="cuda", dtype=torch.bfloat16)
     lengths = itertools.count(1)
 

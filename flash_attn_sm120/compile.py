@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import tempfile
 import threading
+import warnings
 from collections.abc import Callable
 
 import cutlass
 from cutlass import Float32, Int32, cute
 from cutlass.cute.runtime import make_fake_stream, make_fake_tensor
 
+from flash_attn_sm120.arguments import Arguments, Lengths, Modifiers, Numbers
 from flash_attn_sm120.dispatch import Plan, choose
 from flash_attn_sm120.kernels.forward import FlashAttentionForwardSm120
 from flash_attn_sm120.kernels.forward_tma import FlashAttentionForwardSm120Tma
@@ -25,8 +27,7 @@ _lock = threading.Lock()
 def load(problem: AttentionProblem, arch: str) -> Callable:
     """The launcher for a problem on a target such as "sm_120a"; compiled on first use, by one thread at a time.
 
-    Call it as fn(q, k, v, out, lse, cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k, softmax_scale, softcap,
-    window_left, window_right), with None for what the problem lacks; it launches on PyTorch's current stream.
+    Call it as fn(*arguments.Arguments(...)); plain tuples serve as its groups. It launches on PyTorch's current stream.
     """
     key = (problem, arch)
     launcher = _loaded.get(key)
@@ -42,11 +43,11 @@ def build(problem: AttentionProblem, plan: Plan, arch: str, keep: bool = False):
     """Compiles for `arch`, with or without a GPU here. keep: the result carries __ptx__ and __cubin__."""
     kernel = KERNELS[plan.kernel](problem, plan)
     options = f"--enable-tvm-ffi --gpu-arch {arch}"
-    if not keep:
-        return cute.compile(kernel, *_signature(problem), options=options)
-    # What is kept is written to files too, by default in the current directory.
-    with tempfile.TemporaryDirectory() as folder:
-        options += f" --generate-line-info --keep-ptx --keep-cubin --dump-dir {folder}"
+    with warnings.catch_warnings(), tempfile.TemporaryDirectory() as folder:
+        # A group of arguments that is empty for a problem is no mistake.
+        warnings.filterwarnings("ignore", message=r"Argument (lengths|modifiers) .* cannot be converted")
+        if keep:  # what is kept is written to files too, by default in the current directory
+            options += f" --generate-line-info --keep-ptx --keep-cubin --dump-dir {folder}"
         return cute.compile(kernel, *_signature(problem), options=options)
 
 
@@ -58,9 +59,10 @@ def _signature(problem: AttentionProblem) -> tuple:
     k, v = _matrix(dtype, rank_k), _matrix(dtype, rank_k)
     lse = _matrix(Float32, rank_q - 1, align=4, divisibility=1) if problem.lse else None
     flags = (problem.packed_q, problem.packed_k, problem.seqused_q, problem.seqused_k)
-    lengths = [_lengths() if given else None for given in flags]
-    numbers = (Float32(0), Float32(0), Int32(0), Int32(0))
-    return (q, k, v, out, lse, *lengths, *numbers, make_fake_stream(use_tvm_ffi_env_stream=True))
+    lengths = Lengths(*[_lengths() if given else None for given in flags])
+    numbers = Numbers(Float32(0), Float32(0), *[Int32(0)] * (len(Numbers._fields) - 2))
+    arguments = Arguments(q, k, v, out, lse, lengths, Modifiers(), numbers)
+    return (*arguments, make_fake_stream(use_tvm_ffi_env_stream=True))
 
 
 def _matrix(dtype: type, rank: int, align: int = 16, divisibility: int = 8):

@@ -14,12 +14,14 @@ from typing import Any, NamedTuple
 import torch
 
 from flash_attn_sm120 import checks
+from flash_attn_sm120.arguments import Modifiers, Numbers
 from flash_attn_sm120.problem import AttentionProblem
 
 MAX_ROW_STRIDE = 2**30  # elements; the kernels count the bytes from row to row in 31 bits
 
 MAX_CALLS = 4096  # kept; a server sees few, a sweep over lengths starts anew
 DENSE = (None,) * 6
+NO_MODIFIERS = Modifiers()
 
 _calls: dict[tuple, _Call] = {}
 _launchers: dict[tuple, Callable] = {}
@@ -126,7 +128,7 @@ class _Call(NamedTuple):
     launcher: Callable | None  # None: there is nothing to compute
     out_shape: tuple[int, ...]
     lse_shape: tuple[int, ...] | None
-    numbers: tuple[float, float, int, int]  # softmax_scale, softcap, window_left, window_right
+    numbers: Numbers
     readable: bool  # q, k and v have strides that the kernel can follow
     writable: bool  # out, if given, has
     reaches: tuple[int, ...]  # bytes that q, k, v and out extend over, where out is given
@@ -177,7 +179,8 @@ def _forward(
         target = result if out is None else _target_for(out, q, k, v, call, cu_seqlens_q is not None)
         if not call.readable or (q.data_ptr() | k.data_ptr() | v.data_ptr()) % 16:
             q, k, v = _aligned(q), _aligned(k), _aligned(v)
-        arguments = (q, k, v, target, lse, cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k, *call.numbers)
+        given = (cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k, None, None)
+        arguments = (q, k, v, target, lse, given, NO_MODIFIERS, call.numbers)
         if call.device_index is not None and call.device_index != torch.cuda.current_device():
             with torch.cuda.device(call.device_index):
                 call.launcher(*arguments)
@@ -235,7 +238,7 @@ def _prepare(
         launcher,
         (*q.shape[:-1], head_dim_v),
         lse_shape,
-        (softmax_scale, softcap, window_left, window_right),
+        Numbers(softmax_scale, softcap, window_left, window_right),
         readable=all(map(_has_whole_strides, (q, k, v))),
         writable=out is None or _has_whole_strides(out),
         reaches=() if out is None else tuple(map(_reach, (q, k, v, out))),

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from flash_attn_sm120 import interface
+from flash_attn_sm120.arguments import Arguments, Lengths
 
 
 @dataclass(frozen=True)
@@ -57,7 +58,8 @@ class Recorder:
         self.problems.append(problem)
 
         def launch(*arguments):
-            self.calls.append(arguments)
+            named = Arguments(*arguments)
+            self.calls.append(named._replace(lengths=Lengths(*named.lengths)))
             out, lse = arguments[3:5]
             out.fill_(1.0)
             if lse is not None:

@@ -27,8 +27,8 @@ def test_defaults(recorder):
     assert recorder.problems == [AttentionProblem("bfloat16", 64, 32)]
     (call,) = recorder.calls
     assert call[0] is q and call[1] is k and call[2] is v and call[3] is out
-    assert call[4:9] == (None,) * 5
-    assert call[9:] == (1 / math.sqrt(64), 0.0, UNBOUNDED, UNBOUNDED)
+    assert call.lse is None and set(call.lengths) == set(call.modifiers) == {None}
+    assert call.numbers[:4] == (1 / math.sqrt(64), 0.0, UNBOUNDED, UNBOUNDED)
     assert out.shape == (2, 9, 4, 32) and out.dtype == BF16 and out.is_contiguous()
 
 
@@ -40,8 +40,9 @@ def test_packed(recorder):
     features = {"softcap": True, "lse": True, "packed_q": True, "packed_k": True, "seqused_k": True}
     assert recorder.problems == [AttentionProblem("float16", 64, 64, **features)]
     (call,) = recorder.calls
-    assert call[4] is lse and call[5] is cu_q and call[6] is cu_k and call[7] is None and call[8] is used
-    assert call[10] == 3.0
+    assert call.lse is lse and call.lengths.cu_seqlens_q is cu_q and call.lengths.cu_seqlens_k is cu_k
+    assert call.lengths.seqused_q is None and call.lengths.seqused_k is used
+    assert call.numbers.softcap == 3.0
     assert out.shape == (9, 4, 64) and lse.shape == (4, 9) and lse.dtype == torch.float32
 
 
@@ -80,7 +81,7 @@ MASKS = [
 def test_masks(options, mask, left, right, recorder):
     flash_attn_func(*make(), **options)
     assert recorder.problems[0].mask == mask
-    assert recorder.calls[0][11:] == (left, right)
+    assert recorder.calls[0].numbers[2:4] == (left, right)
 
 
 def test_out_is_written_in_place(recorder):

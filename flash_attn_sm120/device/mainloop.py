@@ -5,6 +5,7 @@ from __future__ import annotations
 import cutlass
 from cutlass import Float32, Int32, Int64, cute
 
+from flash_attn_sm120.arguments import Numbers
 from flash_attn_sm120.device.block_range import BlockRange
 from flash_attn_sm120.device.epilogue import stage_output, store_lse, store_output
 from flash_attn_sm120.device.fragments import accumulators
@@ -28,10 +29,7 @@ class ForwardTile:
         tile: Tile,
         seq_q: Sequence,
         seq_k: Sequence,
-        score_scale: Float32,
-        cap_scale: Float32,
-        window_left: Int32,
-        window_right: Int32,
+        numbers: Numbers,
     ):
         self.config, self.tile, self.seq_q, self.seq_k = config, tile, seq_q, seq_k
         problem, plan = config.problem, config.plan
@@ -43,9 +41,9 @@ class ForwardTile:
         self.warp = cute.arch.make_warp_uniform(cute.arch.warp_idx())
         self.first_row = tile.m_block * plan.tile_m
         self.shift = seq_k.length - seq_q.length
-        self.cap_scale, self.score_scale = cap_scale, score_scale
-        self.window_left = window_left if problem.mask == "local" else None
-        self.window_right = {"full": None, "causal": Int32(0), "local": window_right}[problem.mask]
+        self.cap_scale, self.score_scale = numbers.softcap, numbers.softmax_scale
+        self.window_left = numbers.window_left if problem.mask == "local" else None
+        self.window_right = {"full": None, "causal": Int32(0), "local": numbers.window_right}[problem.mask]
 
         self.q_address, self.q_stride = head_address(mQ, seq_q, tile.head, problem.packed_q)
         self.k_address, self.k_stride = head_address(mK, seq_k, self.head_kv, problem.packed_k)
@@ -59,7 +57,7 @@ class ForwardTile:
         self.note = self.shared + plan.note_offset
 
         m_frags = config.warp_rows // 16
-        self.softmax = OnlineSoftmax(m_frags, Float32(1.0) if problem.softcap else score_scale)
+        self.softmax = OnlineSoftmax(m_frags, Float32(1.0) if problem.softcap else self.score_scale)
         self.tSrS = accumulators(m_frags, plan.tile_n // 8)
         self.tOrO = accumulators(m_frags, config.layout_v.cols // 8)
         self.tOrO.fill(0.0)

@@ -10,8 +10,9 @@ import math
 from typing import TYPE_CHECKING
 
 import cutlass
-from cutlass import Float32, Int32, cute
+from cutlass import Int32, cute
 
+from flash_attn_sm120.arguments import Lengths, Modifiers, Numbers
 from flash_attn_sm120.device.block_range import block_range
 from flash_attn_sm120.device.mainloop import ForwardTile
 from flash_attn_sm120.device.scheduler import dense_tile, heads_in_l2, packed_tile
@@ -47,23 +48,18 @@ class FlashAttentionForwardSm80:
         mV: cute.Tensor,
         mO: cute.Tensor,
         mLSE: cute.Tensor | None,
-        mCuSeqlensQ: cute.Tensor | None,
-        mCuSeqlensK: cute.Tensor | None,
-        mSeqUsedQ: cute.Tensor | None,
-        mSeqUsedK: cute.Tensor | None,
-        softmax_scale: Float32,
-        softcap: Float32,
-        window_left: Int32,
-        window_right: Int32,
+        lengths: Lengths,
+        modifiers: Modifiers,
+        numbers: Numbers,
         stream,
     ):
         """q, out (batch, seqlen_q, heads, d) or (total_q, heads, d); k, v likewise with heads_kv; lse (batch, heads,
-        seqlen_q) or (heads, total_q); cu_seqlens (batch + 1,), seqused (batch,) int32. `stream` stays last."""
+        seqlen_q) or (heads, total_q). `stream` stays last."""
         problem, plan = self.problem, self.plan
         heads = mQ.shape[1 if problem.packed_q else 2]
         heads_kv = mK.shape[1 if problem.packed_k else 2]
         if cutlass.const_expr(problem.packed_q):
-            batch = mCuSeqlensQ.shape[0] - 1
+            batch = lengths.cu_seqlens_q.shape[0] - 1
             grid = (mQ.shape[0] // plan.tile_m + batch, heads, 1)
         else:
             batch = mQ.shape[0]
@@ -71,21 +67,18 @@ class FlashAttentionForwardSm80:
         row_bytes = 2 * (problem.head_dim + problem.head_dim_v)
         seqlen_k = mK.shape[0] // batch if problem.packed_k else mK.shape[1]
         group = heads_in_l2(heads // heads_kv, seqlen_k, row_bytes)
-        score_scale, cap_scale = self.scales(softmax_scale, softcap)
-        self.kernel(
-            mQ, mK, mV, mO, mLSE, mCuSeqlensQ, mCuSeqlensK, mSeqUsedQ, mSeqUsedK,
-            score_scale, cap_scale, window_left, window_right, group,
-        ).launch(
+        self.kernel(mQ, mK, mV, mO, mLSE, lengths, modifiers, self.in_base_2(numbers), group).launch(
             grid=grid, block=(self.num_threads, 1, 1), smem=plan.smem_bytes, stream=stream,
             min_blocks_per_mp=plan.blocks_per_sm, preferred_smem_carveout=100,
         )  # fmt: skip
 
-    def scales(self, softmax_scale: Float32, softcap: Float32) -> tuple[Float32, Float32]:
-        """(what the kernel multiplies a raw score by, cap_scale of apply_softcap)."""
-        scale_log2 = softmax_scale * math.log2(math.e)
-        if self.problem.softcap:
-            return 2.0 * scale_log2 / softcap, softcap * (-2.0 * math.log2(math.e))
-        return scale_log2, Float32(0.0)
+    def in_base_2(self, numbers: Numbers) -> Numbers:
+        """softmax_scale becomes what the kernel multiplies a raw score by, softcap the cap_scale of apply_softcap."""
+        scale = numbers.softmax_scale * math.log2(math.e)
+        if not self.problem.softcap:
+            return numbers._replace(softmax_scale=scale)
+        cap = numbers.softcap * (-2.0 * math.log2(math.e))
+        return numbers._replace(softmax_scale=2.0 * scale / numbers.softcap, softcap=cap)
 
     @cute.kernel
     def kernel(
@@ -95,14 +88,9 @@ class FlashAttentionForwardSm80:
         mV: cute.Tensor,
         mO: cute.Tensor,
         mLSE: cute.Tensor | None,
-        mCuSeqlensQ: cute.Tensor | None,
-        mCuSeqlensK: cute.Tensor | None,
-        mSeqUsedQ: cute.Tensor | None,
-        mSeqUsedK: cute.Tensor | None,
-        score_scale: Float32,
-        cap_scale: Float32,
-        window_left: Int32,
-        window_right: Int32,
+        lengths: Lengths,
+        modifiers: Modifiers,
+        numbers: Numbers,
         group: Int32,
     ):
         problem, plan = self.problem, self.plan
@@ -110,19 +98,19 @@ class FlashAttentionForwardSm80:
         lane = cute.arch.lane_idx()
         block, block_y, _ = cute.arch.block_idx()
         if cutlass.const_expr(problem.packed_q):
-            batch = mCuSeqlensQ.shape[0] - 1
-            tile = packed_tile(block, block_y, batch, mQ.shape[0], mCuSeqlensQ, plan.tile_m, lane)
+            batch = lengths.cu_seqlens_q.shape[0] - 1
+            tile = packed_tile(block, block_y, batch, mQ.shape[0], lengths.cu_seqlens_q, plan.tile_m, lane)
         else:
             m_blocks = cute.ceil_div(mQ.shape[1], plan.tile_m)
             tile = dense_tile(block, m_blocks, heads, mQ.shape[0], group)
         if tile.valid:
-            seq_q = sequence(mQ, tile.batch, mCuSeqlensQ, mSeqUsedQ)
-            seq_k = sequence(mK, tile.batch, mCuSeqlensK, mSeqUsedK)
-            lengths = (seq_q.length, seq_k.length)
+            seq_q = sequence(mQ, tile.batch, lengths.cu_seqlens_q, lengths.seqused_q)
+            seq_k = sequence(mK, tile.batch, lengths.cu_seqlens_k, lengths.seqused_k)
+            window = (numbers.window_left, numbers.window_right)
             blocks = block_range(
-                problem.mask, tile.m_block, plan.tile_m, plan.tile_n, *lengths, window_left, window_right
+                problem.mask, tile.m_block, plan.tile_m, plan.tile_n, seq_q.length, seq_k.length, *window
             )
-            work = ForwardTile(self, mQ, mK, mV, tile, seq_q, seq_k, score_scale, cap_scale, window_left, window_right)
+            work = ForwardTile(self, mQ, mK, mV, tile, seq_q, seq_k, numbers)
             work.run(blocks)
             work.store(mO, mLSE)
 

@@ -7,16 +7,12 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
+from flash_attn_sm120.arguments import Arguments, Lengths, Modifiers, Numbers
+
 from .launch import Simulation, active, launch, simulation
 
 if TYPE_CHECKING:
     from flash_attn_sm120.problem import AttentionProblem
-
-# A launcher's arguments, in order.
-ARGUMENTS = (
-    "q", "k", "v", "out", "lse", "cu_seqlens_q", "cu_seqlens_k", "seqused_q", "seqused_k",
-    "softmax_scale", "softcap", "window_left", "window_right",
-)  # fmt: skip
 
 
 @functools.lru_cache(maxsize=128)
@@ -33,8 +29,13 @@ def load(problem: AttentionProblem, arch: str | None = None) -> Callable[..., No
     current = active()
     kernel = artifact(problem, arch or (current.arch if current else "sm_120a"))
 
-    def run(*arguments: Any) -> None:
-        launch(kernel, arguments, names=ARGUMENTS, outputs=_outputs(problem, *arguments[3:6]))
+    def run(*values: Any) -> None:
+        given = Arguments(*values)
+        arguments = given._replace(
+            lengths=Lengths(*given.lengths), modifiers=Modifiers(*given.modifiers), numbers=Numbers(*given.numbers)
+        )
+        outputs = _outputs(problem, arguments.out, arguments.lse, arguments.lengths.cu_seqlens_q)
+        launch(kernel, arguments, names=Arguments._fields, outputs=outputs)
 
     return run
 

@@ -141,9 +141,18 @@ class HostProgram:
         import tvm_ffi
 
         self.launches, self._error = [], None
-        wrapped = [_PretendCuda(a) if hasattr(a, "data_ptr") else a for a in args]
+        wrapped = []  # what the tensors of the call point to, alive until it returns
+
+        def on_cuda(argument: Any) -> Any:
+            if isinstance(argument, tuple):
+                return tuple(map(on_cuda, argument))
+            if not hasattr(argument, "data_ptr"):
+                return argument
+            wrapped.append(_PretendCuda(argument))
+            return tvm_ffi.from_dlpack(wrapped[-1])
+
         try:
-            self._function(*[tvm_ffi.from_dlpack(w) if isinstance(w, _PretendCuda) else w for w in wrapped])
+            self._function(*map(on_cuda, args))
         except Exception:
             if self._error is None:
                 raise

@@ -74,6 +74,16 @@ def _names(artifact: Any, count: int) -> list[str]:
     return (names + [f"argument {i}" for i in range(len(names), count)])[:count]
 
 
+def _flat(names: Sequence[str], args: Sequence[Any]) -> Iterator[tuple[str, Any]]:
+    """Every argument with its name; those in a tuple have its fields' names."""
+    for name, value in zip(names, args, strict=True):
+        if isinstance(value, tuple):
+            fields = getattr(value, "_fields", [f"{name}[{i}]" for i in range(len(value))])
+            yield from _flat(fields, value)
+        else:
+            yield name, value
+
+
 def _region(name: str, tensor: Any, output: bool = False, required: Region | None = None) -> Region:
     shape, strides = tuple(tensor.shape), tuple(tensor.stride())
     return Region(name, tensor.data_ptr(), tensor.element_size(), shape, strides, output, required)
@@ -81,7 +91,7 @@ def _region(name: str, tensor: Any, output: bool = False, required: Region | Non
 
 def _regions(args: Sequence[Any], names: Sequence[str], outputs: Mapping[str, Any] | None) -> list[Region]:
     regions = []
-    for name, tensor in zip(names, args, strict=True):
+    for name, tensor in _flat(names, args):
         if hasattr(tensor, "data_ptr"):
             part = (outputs or {}).get(name)
             regions.append(_region(name, tensor, part is not None, None if part is None else _region(name, part)))
@@ -98,7 +108,7 @@ def launch(
     """Run a compiled function on the interpreter; its real host code decides grid, shared memory and parameters.
 
     artifact: from cute.compile with "--enable-tvm-ffi --keep-ptx"; "--generate-line-info" adds Python lines to reports.
-    args: CPU tensors, numbers and None in the order of the call, without the stream.
+    args: CPU tensors, numbers, None and tuples of them in the order of the call, without the stream.
     names: the arguments' names for reports; by default from the function's signature.
     outputs: name -> the tensor, or the view of it, that must be written in full; the tensor isn't read before that.
     Raises SimulationError at the first finding, UnsupportedInstruction for PTX that the interpreter doesn't know.

@@ -1,0 +1,55 @@
+"""The arguments of a launcher and of every kernel's __call__, in their order; the stream follows, implicitly, last.
+
+On the host the fields hold tensors and numbers, while a kernel is compiled the DSL's values; a tensor that a problem
+lacks is None.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+
+class Lengths(NamedTuple):
+    """How long the sequences of a batch are and where their rows lie; int32."""
+
+    cu_seqlens_q: Any = None  # (batch + 1,)
+    cu_seqlens_k: Any = None  # (batch + 1,)
+    seqused_q: Any = None  # (batch,)
+    seqused_k: Any = None  # (batch,)
+    page_table: Any = None  # (batch, pages)
+    cp_tot_seqused_k: Any = None  # (batch,)
+
+
+class Modifiers(NamedTuple):
+    """Tensors that change what is computed."""
+
+    learnable_sink: Any = None  # (heads,) bfloat16 or float32
+    alibi_slopes: Any = None  # (batch, heads) float32
+    k_descale: Any = None  # (batch, heads_kv) float32
+    v_descale: Any = None  # (batch, heads_kv) float32
+    dropout_seed: Any = None  # (2,) int64
+
+
+class Numbers(NamedTuple):
+    """Scalars; those that a problem lacks are not read."""
+
+    softmax_scale: Any = 1.0
+    softcap: Any = 0.0
+    window_left: Any = 0
+    window_right: Any = 0
+    attention_chunk: Any = 0
+    cp_world_size: Any = 1
+    cp_rank: Any = 0
+
+
+class Arguments(NamedTuple):
+    """What a launcher takes. q, k, v and out as flash_attn_func and flash_attn_varlen_func describe them."""
+
+    q: Any
+    k: Any
+    v: Any
+    out: Any
+    lse: Any = None
+    lengths: Lengths = Lengths()
+    modifiers: Modifiers = Modifiers()
+    numbers: Numbers = Numbers()
