@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 MAX_HEAD_DIM = 256
 DTYPES = ("bfloat16", "float16")
+FP8_DTYPES = ("float8_e4m3fn", "float8_e5m2")
 MASKS = ("full", "causal", "local")
 
 
@@ -30,6 +31,16 @@ class AttentionProblem:
     packed_q, packed_k: (total, heads, head_dim) with cu_seqlens, else (batch, seqlen, heads, head_dim).
     seqused_q, seqused_k: lengths a sequence, int32 (batch,), bound the rows that are used.
     tma_strides: q, k and v have strides that a tensor map can hold; False sends a dense problem to the plain kernel.
+    kv_dtype: of k and v, "" for that of q; "float8_e4m3fn" or "float8_e5m2".
+    page_size: rows of a page where k and v are pools (num_pages, page_size, heads_kv, head_dim) with a page table, a
+        multiple of 8; 0 where they aren't.
+    k_descale, v_descale: factors a batch entry and KV head that scores and out are multiplied by.
+    sink: dtype of learnable_sink, "bfloat16" or "float32"; "" without.
+    alibi: slopes a batch entry and head, score -= slope * |row + seqlen_k - seqlen_q - column|.
+    chunked: attention_chunk at run time: a row sees only the columns of its own chunk of positions.
+    context_parallel: k and v hold every cp_world_size-th token, from cp_rank on, of cp_tot_seqused_k.
+    decode: few rows a sequence; the query heads of one KV head are rows of one tile.
+    split: the decode kernel writes float32 partial results of a part of the keys each, for the combine kernel.
     """
 
     dtype: str
@@ -43,10 +54,26 @@ class AttentionProblem:
     seqused_q: bool = False
     seqused_k: bool = False
     tma_strides: bool = True
+    kv_dtype: str = ""
+    page_size: int = 0
+    k_descale: bool = False
+    v_descale: bool = False
+    sink: str = ""
+    alibi: bool = False
+    chunked: bool = False
+    context_parallel: bool = False
+    decode: bool = False
+    split: bool = False
 
     def __post_init__(self) -> None:
         if self.dtype not in DTYPES:
             raise ValueError(f"dtype: expected one of {DTYPES}, got {self.dtype!r}")
+        if self.kv_dtype not in ("", *FP8_DTYPES):
+            raise ValueError(f"kv_dtype: expected '' or one of {FP8_DTYPES}, got {self.kv_dtype!r}")
+        if self.sink not in ("", "bfloat16", "float32"):
+            raise ValueError(f"sink: expected '', 'bfloat16' or 'float32', got {self.sink!r}")
+        if self.page_size % 8 or self.page_size < 0:
+            raise ValueError(f"page_size: expected a multiple of 8, got {self.page_size}")
         if self.mask not in MASKS:
             raise ValueError(f"mask: expected one of {MASKS}, got {self.mask!r}")
         for name in ("head_dim", "head_dim_v"):
