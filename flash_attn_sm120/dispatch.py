@@ -5,7 +5,7 @@ Pure Python, imports neither torch nor cutlass.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from flash_attn_sm120.problem import MASKS, AttentionProblem, padded
 
@@ -18,8 +18,9 @@ TILE_NOTE_BYTES = 48  # what a thread block writes down instead of keeping it in
 class Plan:
     """How a problem is computed: the kernel and its tile.
 
-    num_warps: those that multiply; loading_warps: those that only load, one of them working. stages: K and V tiles in
-    flight. blocks_per_sm: thread blocks that an SM of SM120 is to hold at a time, within the limits of occupancy.py.
+    num_warps: those that multiply; loading_warps: those that only load. loading_registers, matrix_registers: what a
+    thread of each has once they have changed hands, 0 where the chip can't. blocks_per_sm: thread blocks that an SM of
+    SM120 is to hold at a time, within the limits of occupancy.py.
     smem_bytes: dynamic shared memory of a block.
     """
 
@@ -27,10 +28,15 @@ class Plan:
     tile_m: int
     tile_n: int
     num_warps: int
-    stages: int
     blocks_per_sm: int
     smem_bytes: int
-    loading_warps: int = 0
+    loading_warps: int = 4  # registers change hands between groups of four warps
+    loading_registers: int = 0
+    matrix_registers: int = 0
+
+    @property
+    def hands_over_registers(self) -> bool:
+        return self.matrix_registers > 0
 
     @property
     def note_offset(self) -> int:
@@ -52,34 +58,40 @@ class TileRow:
     tile_m: int
     tile_n: int
     num_warps: int
-    stages: int
     blocks_per_sm: int
 
 
 # 32 rows a warp where registers and shared memory allow it (half the shared-memory reads), 16 above head_dim 128.
 # Evidence: benchmarks/NOTES.md, "Tiles of the plain kernel" and "The TMA kernel".
 FORWARD_TILES = (
-    TileRow(64, 64, tile_m=128, tile_n=64, num_warps=4, stages=2, blocks_per_sm=2),
-    TileRow(96, 96, tile_m=128, tile_n=64, num_warps=4, stages=1, blocks_per_sm=2),
-    TileRow(128, 128, tile_m=128, tile_n=32, num_warps=4, stages=1, blocks_per_sm=2),
-    TileRow(192, 192, tile_m=128, tile_n=64, num_warps=8, stages=1, blocks_per_sm=1),
-    TileRow(256, 256, tile_m=128, tile_n=32, num_warps=8, stages=1, blocks_per_sm=1),
+    TileRow(64, 64, tile_m=128, tile_n=64, num_warps=4, blocks_per_sm=2),
+    TileRow(96, 96, tile_m=128, tile_n=64, num_warps=4, blocks_per_sm=2),
+    TileRow(128, 128, tile_m=128, tile_n=32, num_warps=4, blocks_per_sm=2),
+    TileRow(192, 192, tile_m=128, tile_n=64, num_warps=8, blocks_per_sm=1),
+    TileRow(256, 256, tile_m=128, tile_n=32, num_warps=8, blocks_per_sm=1),
 )
 FORWARD_TMA_TILES = (
-    TileRow(64, 64, tile_m=128, tile_n=64, num_warps=4, stages=1, blocks_per_sm=2),
-    TileRow(96, 96, tile_m=128, tile_n=64, num_warps=4, stages=1, blocks_per_sm=2),
-    TileRow(128, 128, tile_m=128, tile_n=32, num_warps=4, stages=1, blocks_per_sm=2),
-    TileRow(192, 192, tile_m=128, tile_n=64, num_warps=8, stages=1, blocks_per_sm=1),
-    TileRow(256, 256, tile_m=128, tile_n=32, num_warps=8, stages=1, blocks_per_sm=1),
+    TileRow(64, 64, tile_m=128, tile_n=64, num_warps=4, blocks_per_sm=2),
+    TileRow(96, 96, tile_m=128, tile_n=64, num_warps=4, blocks_per_sm=2),
+    TileRow(128, 128, tile_m=128, tile_n=32, num_warps=4, blocks_per_sm=2),
+    TileRow(192, 192, tile_m=128, tile_n=64, num_warps=8, blocks_per_sm=1),
+    TileRow(256, 256, tile_m=128, tile_n=32, num_warps=8, blocks_per_sm=1),
 )
 TILES = {"forward": FORWARD_TILES, "forward_tma": FORWARD_TMA_TILES}
-LOADING_WARPS = {"forward": 0, "forward_tma": 4}  # four, as registers change hands between groups of four warps
+# A thread's registers once they have changed hands, loading and matrix, by kernel and matrix warps: together what the
+# equal shares of the launch had. Addresses for cp.async take 8 more than coordinates for TMA.
+REGISTERS = {
+    ("forward", 4): (32, 224),
+    ("forward", 8): (32, 232),
+    ("forward_tma", 4): (24, 232),
+    ("forward_tma", 8): (24, 240),
+}
 
 
 def smem_bytes(problem: AttentionProblem, row: TileRow) -> int:
-    """Q, `stages` tiles of K and of V, a note and the barriers; out takes the tiles' place at the end."""
+    """Q, a tile of K and of V, a note and the barriers; out takes the tiles' place at the end."""
     d, dv = padded(problem.head_dim), padded(problem.head_dim_v)
-    inputs = row.tile_m * d + row.stages * row.tile_n * (d + dv)
+    inputs = row.tile_m * d + row.tile_n * (d + dv)
     return ELEMENT_BYTES * max(inputs, row.tile_m * dv) + TILE_NOTE_BYTES + BARRIER_BYTES
 
 
@@ -87,25 +99,32 @@ def can_implement(kernel: str, problem: AttentionProblem, arch: str) -> bool:
     """Whether the kernel gives right results for the problem on a target such as "sm_120a"."""
     if kernel == "forward":
         return True
-    major = int("".join(filter(str.isdigit, arch))) // 10
     whole_boxes = problem.head_dim % 32 == 0 and problem.head_dim_v % 32 == 0
-    return major >= 9 and not problem.varlen and problem.tma_strides and whole_boxes
+    return compute_capability(arch) >= 9 and not problem.varlen and problem.tma_strides and whole_boxes
 
 
-def plan_for(kernel: str, problem: AttentionProblem) -> Plan:
+def compute_capability(arch: str) -> int:
+    """Of a target such as "sm_120a": its major number."""
+    return int("".join(filter(str.isdigit, arch))) // 10
+
+
+def plan_for(kernel: str, problem: AttentionProblem, arch: str = "sm_120a") -> Plan:
     """The kernel's plan, whether or not the dispatcher would take it."""
     row = next(
         row for row in TILES[kernel] if problem.head_dim <= row.head_dim and problem.head_dim_v <= row.head_dim_v
     )
-    tile = (row.tile_m, row.tile_n, row.num_warps, row.stages, row.blocks_per_sm)
-    return Plan(kernel, *tile, smem_bytes(problem, row), LOADING_WARPS[kernel])
+    plan = Plan(kernel, row.tile_m, row.tile_n, row.num_warps, row.blocks_per_sm, smem_bytes(problem, row))
+    if compute_capability(arch) < 9:  # registers can't change hands, so one block has all of them
+        return replace(plan, blocks_per_sm=1)
+    loading, matrix = REGISTERS[kernel, row.num_warps]
+    return replace(plan, loading_registers=loading, matrix_registers=matrix)
 
 
 def choose(problem: AttentionProblem, arch: str = "sm_120a") -> Plan:
     """The plan for a problem: TMA where it may be used, as it measured faster for every head_dim; tiles are SM120's
     whatever the target."""
     kernel = "forward_tma" if can_implement("forward_tma", problem, arch) else "forward"
-    return plan_for(kernel, problem)
+    return plan_for(kernel, problem, arch)
 
 
 HEAD_DIMS = ((64, 64), (80, 80), (96, 96), (128, 128), (192, 128), (192, 192), (256, 256))

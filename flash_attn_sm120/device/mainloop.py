@@ -1,4 +1,8 @@
-"""One Q tile against its KV blocks: loads, products and softmax in their order. The plain forward kernel runs it."""
+"""One Q tile against its KV blocks: loads, products and softmax in their order.
+
+Warps of their own load; mbarriers say when a tile is full or free. Source of the roles: Shah et al., FlashAttention-3
+(2024), section 3.1.
+"""
 
 from __future__ import annotations
 
@@ -11,10 +15,13 @@ from flash_attn_sm120.device.epilogue import stage_output, store_lse, store_outp
 from flash_attn_sm120.device.fragments import accumulators
 from flash_attn_sm120.device.gemm import pv_product, qk_product
 from flash_attn_sm120.device.mask import apply_mask
-from flash_attn_sm120.device.scheduler import Tile, read_tile_note, write_tile_note
+from flash_attn_sm120.device.ptx import lane_anew, mbarrier_arrive
+from flash_attn_sm120.device.scheduler import Tile, read_edges, read_mask_bounds, read_tile_note, write_tile_note
 from flash_attn_sm120.device.seqlen import Sequence, head_address
 from flash_attn_sm120.device.softmax import OnlineSoftmax, apply_softcap
-from flash_attn_sm120.device.tile import load_tile
+
+BARRIERS = ("q_full", "k_full", "k_free", "v_full", "v_free")
+MATRIX_BARRIER = 1  # named barrier of the matrix warps
 
 
 class ForwardTile:
@@ -23,9 +30,6 @@ class ForwardTile:
     def __init__(
         self,
         config,
-        mQ: cute.Tensor,
-        mK: cute.Tensor,
-        mV: cute.Tensor,
         tile: Tile,
         seq_q: Sequence,
         seq_k: Sequence,
@@ -33,27 +37,20 @@ class ForwardTile:
     ):
         self.config, self.tile, self.seq_q, self.seq_k = config, tile, seq_q, seq_k
         problem, plan = config.problem, config.plan
-        heads = mQ.shape[1 if problem.packed_q else 2]
-        heads_kv = mK.shape[1 if problem.packed_k else 2]
-        self.head_kv = tile.head // (heads // heads_kv)
         self.thread, _, _ = cute.arch.thread_idx()
         self.lane = cute.arch.lane_idx()
         self.warp = cute.arch.make_warp_uniform(cute.arch.warp_idx())
         self.first_row = tile.m_block * plan.tile_m
-        self.shift = seq_k.length - seq_q.length
         self.cap_scale, self.score_scale = numbers.softcap, numbers.softmax_scale
         self.window_left = numbers.window_left if problem.mask == "local" else None
         self.window_right = {"full": None, "causal": Int32(0), "local": numbers.window_right}[problem.mask]
 
-        self.q_address, self.q_stride = head_address(mQ, seq_q, tile.head, problem.packed_q)
-        self.k_address, self.k_stride = head_address(mK, seq_k, self.head_kv, problem.packed_k)
-        self.v_address, self.v_stride = head_address(mV, seq_k, self.head_kv, problem.packed_k)
-
-        self.shared = cute.arch.get_dyn_smem(cutlass.Uint8, alignment=1024).toint()
+        pointer = cute.arch.get_dyn_smem(cutlass.Uint8, alignment=1024)
+        self.shared = pointer.toint()
+        first_barrier = cute.recast_ptr(pointer + plan.barrier_offset, dtype=cutlass.Int64)
+        self.bars = {name: first_barrier + i for i, name in enumerate(BARRIERS)}
         self.warp_row = self.warp * config.warp_rows
         self.q_rows = self.shared + self.warp_row * config.layout_q.row_bytes
-        self.offset_k = config.layout_q.bytes
-        self.offset_v = self.offset_k + plan.stages * config.layout_k.bytes
         self.note = self.shared + plan.note_offset
 
         m_frags = config.warp_rows // 16
@@ -62,100 +59,100 @@ class ForwardTile:
         self.tOrO = accumulators(m_frags, config.layout_v.cols // 8)
         self.tOrO.fill(0.0)
 
-    def load_q(self) -> None:
-        config = self.config
-        glob = (self.q_address, self.first_row, self.q_stride)
-        threads = (self.thread, config.num_threads)
-        load_tile(config.layout_q, self.shared, *glob, *threads, config.problem.head_dim, self.seq_q.length)
-
-    def load_k(self, n: Int32, slot, checked: bool) -> None:
-        config = self.config
-        shared = self.shared + self.offset_k + slot * config.layout_k.bytes
-        self._load_kv(config.layout_k, shared, self.k_address, self.k_stride, n, config.problem.head_dim, checked)
-
-    def load_v(self, n: Int32, slot, checked: bool) -> None:
-        config = self.config
-        shared = self.shared + self.offset_v + slot * config.layout_v.bytes
-        self._load_kv(config.layout_v, shared, self.v_address, self.v_stride, n, config.problem.head_dim_v, checked)
-
-    def _load_kv(self, layout, shared, address, stride, n, cols, checked) -> None:
-        threads = (self.thread, self.config.num_threads)
-        end_row = self.seq_k.length if checked else None
-        load_tile(layout, shared, address, n * layout.rows, stride, *threads, cols, end_row)
-
     def write_note(self, blocks: BlockRange) -> None:
-        edges = (blocks.left_edge, blocks.right_edge, blocks.end)
-        write_tile_note(self.note, self.first_row, self.tile.head, self.tile.batch, self.seq_q, edges)
+        write_tile_note(self.note, self.first_row, self.tile, self.seq_q, self.seq_k.length, blocks)
+
+    def run(self, loader, blocks: BlockRange, mO: cute.Tensor, mLSE: cute.Tensor | None) -> None:
+        """The whole tile; loader: a TmaLoader or a CpAsyncLoader."""
+        self.loader = loader
+        self.start(blocks)
+        self.play_role(blocks, mO, mLSE)
 
     @cute.jit
-    def run(self, blocks: BlockRange):
-        """Q and the last KV block are loaded first; each block starts the load of the next."""
-        begin, end = blocks.begin, blocks.end
-        left_edge, right_edge = blocks.left_edge, blocks.right_edge
-        self.load_q()
+    def play_role(self, blocks: BlockRange, mO: cute.Tensor, mLSE: cute.Tensor | None):
+        """The loading warps give their registers to the matrix warps."""
+        plan = self.config.plan
+        if self.warp >= plan.num_warps:
+            if cutlass.const_expr(plan.hands_over_registers):
+                cute.arch.setmaxregister_decrease(plan.loading_registers)
+            if self.warp < plan.num_warps + self.loader.warps:
+                self.feed(blocks)
+        else:
+            if cutlass.const_expr(plan.hands_over_registers):
+                cute.arch.setmaxregister_increase(plan.matrix_registers)
+            self.multiply(blocks)
+            self.store(mO, mLSE)
+
+    @cute.jit
+    def start(self, blocks: BlockRange):
         if self.thread == 0:
             self.write_note(blocks)
-        if begin < end:
-            self.load_k(end - 1, 0, True)
-            if cutlass.const_expr(self.config.plan.stages > 1):
-                self.load_v(end - 1, 0, True)
-        cute.arch.cp_async_commit_group()
-        for i in cutlass.range(end - begin, unroll=1):
-            n = end - 1 - i
-            if (n >= right_edge) | (n < left_edge):
-                self.block(n, begin, end, True)
-            else:
-                self.block(n, begin, end, False)
-        cute.arch.cp_async_wait_group(0)
+            for name in BARRIERS:
+                count = self.config.plan.num_warps if name.endswith("free") else self.loader.arrivals
+                cute.arch.mbarrier_init(self.bars[name], count)
+        cute.arch.mbarrier_init_fence()
         cute.arch.sync_threads()
 
     @cute.jit
-    def block(self, n: Int32, begin: Int32, end: Int32, masked: cutlass.Constexpr):
-        config = self.config
-        slot = 0
-        cute.arch.cp_async_wait_group(0)
-        cute.arch.sync_threads()
-        if cutlass.const_expr(config.plan.stages == 1):
-            self.load_v(n, 0, masked)
-            cute.arch.cp_async_commit_group()
-        else:
-            slot = (end - 1 - n) % 2
-            if n > begin:
-                self.load_k(n - 1, 1 - slot, False)
-                self.load_v(n - 1, 1 - slot, False)
-            cute.arch.cp_async_commit_group()
-        self.scores(slot)
-        if cutlass.const_expr(config.plan.stages == 1):
-            cute.arch.cp_async_wait_group(0)
-            cute.arch.sync_threads()
-            if n > begin:
-                self.load_k(n - 1, 0, False)
-            cute.arch.cp_async_commit_group()
-        self.accumulate(n, slot, masked)
+    def feed(self, blocks: BlockRange):
+        """A loading warp: Q and the last KV block at once, each other tile as soon as its place is free."""
+        bars = self.bars
+        begin, end = blocks.begin, blocks.end
+        if begin < end:
+            self.loader.load_q(bars["q_full"])
+        for i in cutlass.range(end - begin, unroll=1):
+            n = end - 1 - i
+            free = (i & 1) ^ 1
+            cute.arch.mbarrier_wait(bars["k_free"], free)
+            self.loader.load_k(n, bars["k_full"])
+            cute.arch.mbarrier_wait(bars["v_free"], free)
+            self.loader.load_v(n, bars["v_full"])
 
-    def scores(self, slot) -> None:
+    @cute.jit
+    def multiply(self, blocks: BlockRange):
+        """A matrix warp: the main loop on what the loading warps bring."""
+        begin, end = blocks.begin, blocks.end
+        if begin < end:
+            cute.arch.mbarrier_wait(self.bars["q_full"], 0)
+        for i in cutlass.range(end - begin, unroll=1):
+            left_edge, right_edge, end = read_edges(self.note)
+            n = end - 1 - i
+            if (n >= right_edge) | (n < left_edge):
+                self.block(n, i & 1, True)
+            else:
+                self.block(n, i & 1, False)
+        cute.arch.barrier(barrier_id=MATRIX_BARRIER, number_of_threads=32 * self.config.plan.num_warps)
+
+    def block(self, n: Int32, phase: Int32, masked: bool) -> None:
+        first_lane = Int32(self.lane == 0)
+        cute.arch.mbarrier_wait(self.bars["k_full"], phase)
+        self.scores()
+        mbarrier_arrive(self.bars["k_free"].toint(), first_lane)
+        cute.arch.mbarrier_wait(self.bars["v_full"], phase)
+        self.accumulate(n, masked)
+        mbarrier_arrive(self.bars["v_free"].toint(), first_lane)
+
+    def scores(self) -> None:
         config = self.config
         sQ = config.layout_q.matrix(self.q_rows, self.lane)
-        shared = self.shared + slot * config.layout_k.bytes
-        sK = config.layout_k.matrix(shared, self.lane, self.offset_k, rows_first=False)
+        sK = config.layout_k.matrix(self.shared, self.lane, config.offset_k, rows_first=False)
         qk_product(sQ, sK, self.tSrS, config.dtype)
 
     @cute.jit
-    def accumulate(self, n: Int32, slot, masked: cutlass.Constexpr):
+    def accumulate(self, n: Int32, masked: cutlass.Constexpr):
         config = self.config
         if cutlass.const_expr(config.problem.softcap):
             apply_softcap(self.tSrS, self.score_scale, self.cap_scale)
         if cutlass.const_expr(masked):
             self.mask(n)
         tOrP = self.softmax.update(self.tSrS, self.tOrO, config.dtype)
-        shared = self.shared + slot * config.layout_v.bytes
-        sV = config.layout_v.matrix(shared, self.lane, self.offset_v)
+        sV = config.layout_v.matrix(self.shared, self.lane, config.offset_v)
         pv_product(sV, tOrP, self.tOrO, config.dtype)
 
     def mask(self, n: Int32) -> None:
-        row, col = self.first_row + self.warp_row, n * self.config.plan.tile_n
-        bounds = (self.seq_k.length, self.shift, self.window_left, self.window_right)
-        apply_mask(self.tSrS, row, col, self.lane, *bounds)
+        first_row, shift, seqlen_k = read_mask_bounds(self.note)
+        row, col = first_row + self.warp_row, n * self.config.plan.tile_n
+        apply_mask(self.tSrS, row, col, lane_anew(), seqlen_k, shift, self.window_left, self.window_right)
 
     def store(self, mO: cute.Tensor, mLSE: cute.Tensor | None) -> None:
         """Rows beyond the used length but inside the sequence's room become 0 and -inf."""

@@ -152,6 +152,12 @@ def fma(a: Float32, b: Float32, c: Float32, *, loc=None, ip=None) -> Float32:
 
 
 @dsl_user_op
+def lane_anew(*, loc=None, ip=None) -> Int32:
+    """The lane, read where it stands: nothing that is computed from it holds a register before."""
+    return Int32(_asm(T.i32(), [], "mov.u32 $0, %laneid;", "=r", volatile=True, loc=loc, ip=ip))
+
+
+@dsl_user_op
 def store_shared_b32(shared: Int32, value: Int32, *, loc=None, ip=None) -> None:
     operands = [Int32(shared).ir_value(loc=loc, ip=ip), Int32(value).ir_value(loc=loc, ip=ip)]
     _asm(None, operands, "st.shared.b32 [$0], $1;", "r,r", volatile=True, loc=loc, ip=ip)

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import cutlass
 from cutlass import Int32, cute
 
+from flash_attn_sm120.device.block_range import BlockRange
 from flash_attn_sm120.device.ptx import load_shared_v4, store_shared_b32
 from flash_attn_sm120.device.seqlen import Sequence, clamp
 
@@ -24,11 +25,12 @@ class Tile:
 
 
 def write_tile_note(
-    shared: Int32, first_row: Int32, head: Int32, batch: Int32, seq_q: Sequence, edges: tuple[Int32, Int32, Int32]
+    shared: Int32, first_row: Int32, tile: Tile, seq_q: Sequence, seqlen_k: Int32, blocks: BlockRange
 ) -> None:
     """Keeps in shared memory what is needed seldom, so that no register holds it through the main loop."""
-    spare = Int32(0)  # notes are read in fours
-    values = (first_row, head, batch, seq_q.batch, seq_q.start, seq_q.length, seq_q.room, spare, *edges, spare)
+    shift = seqlen_k - seq_q.length
+    values = (first_row, tile.head, tile.batch, seq_q.batch, seq_q.start, seq_q.length, seq_q.room, shift)
+    values += (blocks.left_edge, blocks.right_edge, blocks.end, seqlen_k)  # read in fours
     for i, value in enumerate(values):
         store_shared_b32(shared + 4 * i, value)
 
@@ -44,6 +46,14 @@ def read_edges(shared: Int32) -> tuple[Int32, Int32, Int32]:
     """(left_edge, right_edge, end) as written: KV blocks between the first two need no mask, the last is end - 1."""
     left_edge, right_edge, end, _ = load_shared_v4(shared + 32)
     return left_edge, right_edge, end
+
+
+def read_mask_bounds(shared: Int32) -> tuple[Int32, Int32, Int32]:
+    """(first_row, shift, seqlen_k) as written, shift = seqlen_k - seqlen_q."""
+    first_row, _, _, _ = load_shared_v4(shared)
+    _, _, _, shift = load_shared_v4(shared + 16)
+    _, _, _, seqlen_k = load_shared_v4(shared + 32)
+    return first_row, shift, seqlen_k
 
 
 def dense_tile(block: Int32, m_blocks: Int32, heads: Int32, batch: Int32, group: Int32) -> Tile:

@@ -1,4 +1,4 @@
-"""The plain forward kernel: cp.async feeds shared memory, every warp multiplies its own rows with mma.sync.
+"""The plain forward kernel: loading warps feed shared memory with cp.async, matrix warps multiply with mma.sync.
 
 FlashAttentionForwardSm80 holds the algorithm for any chip that has these instructions; FlashAttentionForwardSm120 pins
 it to what SM120 can hold. Source: Dao, FlashAttention-2 (2023), algorithm 1, with KV blocks from last to first.
@@ -14,6 +14,7 @@ from cutlass import Int32, cute
 
 from flash_attn_sm120.arguments import Lengths, Modifiers, Numbers
 from flash_attn_sm120.device.block_range import block_range
+from flash_attn_sm120.device.load_cp_async import CpAsyncLoader
 from flash_attn_sm120.device.mainloop import ForwardTile
 from flash_attn_sm120.device.scheduler import dense_tile, heads_in_l2, packed_tile
 from flash_attn_sm120.device.seqlen import sequence
@@ -27,18 +28,23 @@ PTX_DTYPE = {"bfloat16": "bf16", "float16": "f16"}
 
 
 class FlashAttentionForwardSm80:
-    """One Q tile a thread block, a loop over its KV blocks; `stages` tiles of K and of V are in flight."""
+    """One Q tile a thread block, a loop over its KV blocks."""
 
     def __init__(self, problem: AttentionProblem, plan: Plan):
         self.problem = problem
         self.plan = plan
         self.dtype = PTX_DTYPE[problem.dtype]
-        self.num_threads = 32 * plan.num_warps
+        self.num_threads = 32 * (plan.num_warps + plan.loading_warps)
         self.warp_rows = plan.tile_m // plan.num_warps
         self.layout_q = TileLayout(plan.tile_m, padded(problem.head_dim))
         self.layout_k = TileLayout(plan.tile_n, padded(problem.head_dim))
         self.layout_v = TileLayout(plan.tile_n, padded(problem.head_dim_v))
         self.layout_o = TileLayout(plan.tile_m, padded(problem.head_dim_v))
+        self.offset_k = self.layout_q.bytes
+        self.offset_v = self.offset_k + self.layout_k.bytes
+
+    def heads_per_kv(self, mQ: cute.Tensor, mK: cute.Tensor) -> Int32:
+        return mQ.shape[1 if self.problem.packed_q else 2] // mK.shape[1 if self.problem.packed_k else 2]
 
     @cute.jit
     def __call__(
@@ -57,7 +63,6 @@ class FlashAttentionForwardSm80:
         seqlen_q) or (heads, total_q). `stream` stays last."""
         problem, plan = self.problem, self.plan
         heads = mQ.shape[1 if problem.packed_q else 2]
-        heads_kv = mK.shape[1 if problem.packed_k else 2]
         if cutlass.const_expr(problem.packed_q):
             batch = lengths.cu_seqlens_q.shape[0] - 1
             grid = (mQ.shape[0] // plan.tile_m + batch, heads, 1)
@@ -66,7 +71,7 @@ class FlashAttentionForwardSm80:
             grid = (cute.ceil_div(mQ.shape[1], plan.tile_m) * heads * batch, 1, 1)
         row_bytes = 2 * (problem.head_dim + problem.head_dim_v)
         seqlen_k = mK.shape[0] // batch if problem.packed_k else mK.shape[1]
-        group = heads_in_l2(heads // heads_kv, seqlen_k, row_bytes)
+        group = heads_in_l2(self.heads_per_kv(mQ, mK), seqlen_k, row_bytes)
         self.kernel(mQ, mK, mV, mO, mLSE, lengths, modifiers, self.in_base_2(numbers), group).launch(
             grid=grid, block=(self.num_threads, 1, 1), smem=plan.smem_bytes, stream=stream,
             min_blocks_per_mp=plan.blocks_per_sm, preferred_smem_carveout=100,
@@ -110,9 +115,9 @@ class FlashAttentionForwardSm80:
             blocks = block_range(
                 problem.mask, tile.m_block, plan.tile_m, plan.tile_n, seq_q.length, seq_k.length, *window
             )
-            work = ForwardTile(self, mQ, mK, mV, tile, seq_q, seq_k, numbers)
-            work.run(blocks)
-            work.store(mO, mLSE)
+            work = ForwardTile(self, tile, seq_q, seq_k, numbers)
+            loader = CpAsyncLoader(self, mQ, mK, mV, work.shared, tile, seq_q, seq_k)
+            work.run(loader, blocks, mO, mLSE)
 
 
 class FlashAttentionForwardSm120(FlashAttentionForwardSm80):

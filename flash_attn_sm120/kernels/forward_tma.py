@@ -5,26 +5,31 @@ Source of the roles: Shah et al., FlashAttention-3 (2024), section 3.1; the prod
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import cutlass
 from cutlass import Int32, cute
 from cutlass.cute.nvgpu import cpasync
 
 from flash_attn_sm120.arguments import Lengths, Modifiers, Numbers
 from flash_attn_sm120.device.block_range import block_range
-from flash_attn_sm120.device.mainloop_tma import TmaForwardTile, TmaSource, chunk_layout, rows_first
+from flash_attn_sm120.device.load_tma import TmaLoader, TmaSource, chunk_layout, rows_first
+from flash_attn_sm120.device.mainloop import ForwardTile
 from flash_attn_sm120.device.scheduler import dense_tile, heads_in_l2
 from flash_attn_sm120.device.seqlen import sequence
 from flash_attn_sm120.kernels.forward import FlashAttentionForwardSm80
+from flash_attn_sm120.problem import AttentionProblem
+
+if TYPE_CHECKING:
+    from flash_attn_sm120.dispatch import Plan
 
 
 class FlashAttentionForwardSm120Tma(FlashAttentionForwardSm80):
     """Takes what FlashAttentionForwardSm80 takes; lengths and modifiers must be empty."""
 
-    def __init__(self, problem, plan):
+    def __init__(self, problem: AttentionProblem, plan: Plan):
         super().__init__(problem, plan)
         self.pack_gqa = False
-        # these two leave the main loop no registers for the range of blocks that need no mask
-        self.edges_in_memory = problem.mask == "local" or problem.softcap
 
     @cute.jit
     def __call__(
@@ -42,8 +47,8 @@ class FlashAttentionForwardSm120Tma(FlashAttentionForwardSm80):
         """q, out (batch, seqlen_q, heads, d); k, v (batch, seqlen_k, heads_kv, d); lse (batch, heads, seqlen_q)."""
         assert modifiers.dropout_seed is None
         problem, plan = self.problem, self.plan
-        heads, heads_kv = mQ.shape[2], mK.shape[2]
-        group = heads_in_l2(heads // heads_kv, mK.shape[1], 2 * (problem.head_dim + problem.head_dim_v))
+        heads = mQ.shape[2]
+        group = heads_in_l2(self.heads_per_kv(mQ, mK), mK.shape[1], 2 * (problem.head_dim + problem.head_dim_v))
         op = cpasync.CopyBulkTensorTileG2SOp()
         atoms = []
         for tensor, layout in ((mQ, self.layout_q), (mK, self.layout_k), (mV, self.layout_v)):
@@ -51,7 +56,7 @@ class FlashAttentionForwardSm120Tma(FlashAttentionForwardSm80):
             atoms += [*cpasync.make_tiled_tma_atom(op, rows_first(tensor), chunk_layout(layout), box)]
         tiles = cute.ceil_div(mQ.shape[1], plan.tile_m) * heads * mQ.shape[0]
         self.kernel(mQ, mK, mV, *atoms, mO, mLSE, self.in_base_2(numbers), group).launch(
-            grid=(tiles, 1, 1), block=(self.num_threads + 32 * plan.loading_warps, 1, 1), smem=plan.smem_bytes,
+            grid=(tiles, 1, 1), block=(self.num_threads, 1, 1), smem=plan.smem_bytes,
             stream=stream, min_blocks_per_mp=plan.blocks_per_sm, preferred_smem_carveout=100,
         )  # fmt: skip
 
@@ -79,11 +84,13 @@ class FlashAttentionForwardSm120Tma(FlashAttentionForwardSm80):
         seq_q, seq_k = sequence(mQ, tile.batch, None, None), sequence(mK, tile.batch, None, None)
         bounds = (seq_q.length, seq_k.length, numbers.window_left, numbers.window_right)
         blocks = block_range(problem.mask, tile.m_block, plan.tile_m, plan.tile_n, *bounds)
-        work = TmaForwardTile(self, mQ, mK, mV, tile, seq_q, seq_k, numbers)
-        shared = cute.arch.get_dyn_smem(cutlass.Uint8, alignment=1024)
-        sources = {
-            "q": TmaSource(atom_q, gQ, mQ.element_type, self.layout_q, 0),
-            "k": TmaSource(atom_k, gK, mK.element_type, self.layout_k, work.offset_k),
-            "v": TmaSource(atom_v, gV, mV.element_type, self.layout_v, work.offset_v),
-        }
-        work.run(shared, sources, blocks, mO, mLSE)
+        work = ForwardTile(self, tile, seq_q, seq_k, numbers)
+        loader = TmaLoader(
+            TmaSource(atom_q, gQ, mQ.element_type, self.layout_q, 0),
+            TmaSource(atom_k, gK, mK.element_type, self.layout_k, self.offset_k),
+            TmaSource(atom_v, gV, mV.element_type, self.layout_v, self.offset_v),
+            cute.arch.get_dyn_smem(cutlass.Uint8, alignment=1024),
+            tile,
+            tile.head // self.heads_per_kv(mQ, mK),
+        )
+        work.run(loader, blocks, mO, mLSE)
