@@ -35,43 +35,13 @@ def _unpack(struct: ir.Value, element: ir.Type, count: int, wrap: type, loc=None
 
 @dsl_user_op
 def cp_async_16(
-    shared: Int32,
-    glob: Int64,
-    row: Int32,
-    row_stride: Int32,
-    col: Int32,
-    *,
-    shared_offset: int = 0,
-    row_offset: int = 0,
-    col_offset: int = 0,
-    size: Int32 | None = None,
-    enabled: Int32 | None = None,
-    loc=None,
-    ip=None,
+    shared: Int32, glob: Int64, size: Int32, shared_offset: int = 0, glob_offset: int = 0, *, loc=None, ip=None
 ) -> None:
-    """Copies 16 bytes from glob + (row + row_offset) * row_stride + col + col_offset to shared + shared_offset.
-
-    size: 0 writes zeros and reads nothing, 16 (the default) copies. enabled: 0 does nothing. The address arithmetic
-    stands inside the instruction's text so that no register holds a part of it from one loop iteration to the next.
-    """
-    operands = [Int32(shared), Int64(glob), Int32(row), Int32(row_stride), Int32(col)]
-    constraints = "r,l,r,r,r"
-    guard, length = "", ""
-    if size is not None:
-        length = f", ${len(operands)}"
-        operands.append(Int32(size))
-        constraints += ",r"
-    if enabled is not None:
-        guard = f"setp.ne.b32 p, ${len(operands)}, 0; @p "
-        operands.append(Int32(enabled))
-        constraints += ",r"
-    text = (
-        "{ .reg .pred p; .reg .b32 r; .reg .b64 a, c; "
-        f"cvt.s64.s32 c, $4; add.s64 a, $1, c; add.s32 r, $2, {row_offset}; mad.wide.s32 a, r, $3, a; "
-        f"{guard}cp.async.cg.shared.global.L2::128B [$0+{shared_offset}], [a+{col_offset}], 16{length}; }}"
-    )
+    """Copies 16 bytes from glob + glob_offset to shared + shared_offset; size 0 writes zeros and reads nothing, 16 copies."""
+    text = f"cp.async.cg.shared.global.L2::128B [$0+{shared_offset}], [$1+{glob_offset}], 16, $2;"
+    operands = [Int32(shared), Int64(glob), Int32(size)]
     values = [operand.ir_value(loc=loc, ip=ip) for operand in operands]
-    _asm(None, values, text, constraints, volatile=True, loc=loc, ip=ip)
+    _asm(None, values, text, "r,l,r", volatile=True, loc=loc, ip=ip)
 
 
 @dsl_user_op

@@ -43,6 +43,11 @@ def apply_softcap(tSrS: cute.Tensor, inner_scale: Float32, cap_scale: Float32) -
         tSrS[place] = reciprocal(1.0 + exp2(tSrS[place] * inner_scale)) * cap_scale
 
 
+def lowest(scale_log2: Float32) -> Float32:
+    """Below every score, and finite times scale_log2: with -inf a row that sees nothing would compute inf - inf."""
+    return Float32(-3e38) / cutlass.max(scale_log2, Float32(1.0))
+
+
 class OnlineSoftmax:
     """Statistics of a thread's rows; row r is rows 8 r + lane // 4 of the warp.
 
@@ -56,12 +61,8 @@ class OnlineSoftmax:
         self.row_max = cute.make_rmem_tensor((self.rows,), Float32)
         self.row_sum = cute.make_rmem_tensor((self.rows,), Float32)
         for r in range(self.rows):
-            self.row_max[r] = Float32(NEG_INF)
+            self.row_max[r] = lowest(scale_log2)
             self.row_sum[r] = Float32(0.0)
-
-    def offset(self, row_max: Float32) -> Float32:
-        """What is added in the exponent; 0 for a row that has seen nothing avoids inf - inf."""
-        return cutlass.select_(row_max == NEG_INF, Float32(0.0), -row_max * self.scale_log2)
 
     @cute.jit
     def update(self, tSrS: cute.Tensor, tOrO: cute.Tensor, dtype: cutlass.Constexpr) -> list:
@@ -83,7 +84,7 @@ class OnlineSoftmax:
     def _rescale(self, new_max: list[Float32], tOrO: cute.Tensor) -> None:
         factors = []
         for r in range(self.rows):
-            factors.append(exp2(fma(self.row_max[r], self.scale_log2, self.offset(new_max[r]))))
+            factors.append(exp2(fma(self.row_max[r], self.scale_log2, -new_max[r] * self.scale_log2)))
             self.row_max[r] = new_max[r]
             self.row_sum[r] = self.row_sum[r] * factors[r]
         for m, n, i in elements(tOrO):
@@ -94,7 +95,7 @@ class OnlineSoftmax:
         pairs = {}
         for r in range(self.rows):
             m, half = r // 2, r % 2
-            offset = self.offset(self.row_max[r])
+            offset = -self.row_max[r] * self.scale_log2
             sums = []
             for n in range(n_frags):
                 low, high = (exp2(fma(tSrS[m, n, 2 * half + j], self.scale_log2, offset)) for j in range(2))
@@ -117,7 +118,8 @@ class OnlineSoftmax:
         factors, lses = [], []
         for r in range(self.rows):
             total = quad_reduce(self.row_sum[r], operator.add)
-            empty = (self.row_max[r] == NEG_INF) | (first_row + 8 * r >= seqlen_q)
+            # a row that has seen anything has at least 1, from its greatest score
+            empty = (total == 0.0) | (first_row + 8 * r >= seqlen_q)
             factors.append(cutlass.select_(empty, Float32(0.0), reciprocal(total)))
             lse = (self.row_max[r] * self.scale_log2 + constant + log2(total)) * math.log(2.0)
             lses.append(cutlass.select_(empty, Float32(NEG_INF), lse))

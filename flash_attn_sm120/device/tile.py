@@ -1,12 +1,12 @@
-"""A matrix tile in shared memory: where each element lies, and how cp.async fills it and ldmatrix reads it."""
+"""A matrix tile in shared memory: where each element lies, and how ldmatrix reads it."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-from cutlass import Int32, Int64
+from cutlass import Int32
 
-from flash_attn_sm120.device.ptx import cp_async_16, ldmatrix_x4
+from flash_attn_sm120.device.ptx import ldmatrix_x4
 
 ELEMENT_BYTES = 2
 VECTOR = 8  # elements in 16 bytes, the unit of cp.async, of an ldmatrix row and of the swizzle
@@ -81,57 +81,3 @@ class SharedMatrix:
         chunk, within = divmod(col, self.layout.chunk_cols)
         offset = self.offset + chunk * self.layout.chunk_bytes + row * self.layout.row_bytes
         return ldmatrix_x4(self.address, within // 16 * 32, offset, transpose=transpose)
-
-
-def load_tile(
-    layout: TileLayout,
-    shared: Int32,
-    glob: Int64,
-    first_row: Int32,
-    row_stride: Int32,
-    thread: Int32,
-    num_threads: int,
-    cols: int,
-    end_row: Int32 | None = None,
-) -> None:
-    """Starts the copy of global rows first_row, first_row + 1, ...; the caller commits and waits.
-
-    glob: address of row 0; row_stride: bytes. Rows from end_row on and columns from `cols` on become zeros; end_row
-    None: every row is there.
-    """
-    unit, row = thread % layout.units, thread // layout.units
-    rows_a_pass = num_threads // layout.units
-    if rows_a_pass <= layout.rows:
-        steps = -(-layout.rows // rows_a_pass)
-        places = [(chunk, step * rows_a_pass) for chunk in range(layout.chunks) for step in range(steps)]
-        chunks_a_pass, own_chunk = 1, 0
-    else:
-        chunks_a_pass = rows_a_pass // layout.rows
-        own_chunk, row = row // layout.rows, row % layout.rows
-        places = [(chunk, 0) for chunk in range(0, layout.chunks, chunks_a_pass)]
-    # rows_a_pass is a multiple of 8, the swizzle's period, so one offset serves all passes
-    target = shared + own_chunk * layout.chunk_bytes + layout.unit_offset(row, unit)
-    col = (own_chunk * layout.chunk_cols + unit * VECTOR) * ELEMENT_BYTES
-    for chunk, row_offset in places:
-        size, enabled = None, None
-        if end_row is not None:
-            size = Int32(first_row + row + row_offset < end_row) * 16
-        col_offset = chunk * layout.chunk_cols * ELEMENT_BYTES
-        if cols < layout.cols:
-            size = (16 if size is None else size) * Int32(col + col_offset < cols * ELEMENT_BYTES)
-        if row_offset + rows_a_pass > layout.rows and chunks_a_pass == 1:
-            enabled = Int32(row + row_offset < layout.rows)
-        if chunk + chunks_a_pass > layout.chunks:
-            enabled = Int32(chunk + own_chunk < layout.chunks)
-        cp_async_16(
-            target,
-            glob,
-            first_row + row,
-            row_stride,
-            col,
-            shared_offset=chunk * layout.chunk_bytes + row_offset * layout.row_bytes,
-            row_offset=row_offset,
-            col_offset=col_offset,
-            size=size,
-            enabled=enabled,
-        )
