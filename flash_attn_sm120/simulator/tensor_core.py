@@ -19,7 +19,8 @@ FRACTION_BITS = 25
 _STEP = 4
 # Where float32 holds the products exactly and int32 the cut terms; outside, float64 does.
 _SAFE_EXPONENT = 100
-_ZERO_EXPONENT = -2000
+# Of zeros, and of what isn't finite: far enough apart that sums of two tell which they hold.
+_ZERO_EXPONENT, _HUGE_EXPONENT = -2000, 6000
 # Clears the bits of a float64 that a float32 lacks: truncation towards zero.
 _FLOAT32_BITS = np.int64(-1 << 29)
 
@@ -28,7 +29,7 @@ def multiply_add(a: np.ndarray, b: np.ndarray, c: np.ndarray) -> np.ndarray:
     """d (rows, columns, n) of n float32 products: a is (k, rows, n), b (k, columns, n), c (rows, columns, n)."""
     largest, a, b = _largest_exponent(a, b, c), a[:, :, None], b[:, None]
     if largest.min() < -_SAFE_EXPONENT or largest.max() > _SAFE_EXPONENT:
-        scale = np.ldexp(1.0, FRACTION_BITS - largest.astype(np.int32))
+        scale = np.ldexp(1.0, FRACTION_BITS - np.minimum(largest, 300).astype(np.int32))
         total = np.trunc(a * scale * b).sum(axis=0) + np.trunc(c * scale)
     else:
         scale = ((127 + FRACTION_BITS - largest.astype(np.int32)) << 23).view(np.float32)
@@ -56,11 +57,12 @@ def _largest_exponent(a: np.ndarray, b: np.ndarray, c: np.ndarray) -> np.ndarray
 
 def _exponents(values: np.ndarray) -> np.ndarray:
     exponents = ((values.view(np.int32) >> 23) & 255).astype(np.int16) - np.int16(127)
+    exponents[exponents == 128] = _HUGE_EXPONENT
     exponents[values == 0] = _ZERO_EXPONENT
     return exponents
 
 
-@functools.cache
+@functools.lru_cache(maxsize=16)
 def _buffers(shape: tuple[int, int, int]) -> tuple[np.ndarray, ...]:
     """Room for exponents, products, terms and their sum: fresh pages for them would cost as much as the arithmetic."""
     many = (_STEP, *shape)
