@@ -13,12 +13,11 @@ import functools
 
 import numpy as np
 
+from .constants import FLOAT32_BITS
 from .special_function_tables import EX2, LG2, RCP
 
 _FRACTION = (1 << 23) - 1
 _REST_BITS = 17
-# Clears the bits of a float64 that a float32 lacks: truncation towards zero.
-_FLOAT32_BITS = np.int64(-1 << 29)
 
 
 @functools.cache
@@ -75,6 +74,6 @@ def lg2(x: np.ndarray) -> np.ndarray:
     logarithm = _parabola(LG2, fraction, 12, 1, 0x0345) >> 2
     fixed = (exponent << 36) + np.where((fraction == 0) & (exponent == 0), 0, logarithm)
     magnitude = np.where(fixed < 0, ~fixed, fixed) * 2.0**-36
-    magnitude = (magnitude.view(np.int64) & _FLOAT32_BITS).view(np.float64)
+    magnitude = (magnitude.view(np.int64) & FLOAT32_BITS).view(np.float64)
     result = np.where(fixed < 0, -magnitude, magnitude).astype(np.float32)
     return np.where(np.isfinite(x) & (x > 0), result, np.log2(x))

@@ -13,6 +13,8 @@ import functools
 
 import numpy as np
 
+from .constants import FLOAT32_BITS
+
 # Bits kept below the largest exponent.
 FRACTION_BITS = 25
 # Terms that one NumPy operation takes; four cut terms also stay within an int32.
@@ -21,8 +23,6 @@ _STEP = 4
 _SAFE_EXPONENT = 100
 # Of zeros, and of what isn't finite: far enough apart that sums of two tell which they hold.
 _ZERO_EXPONENT, _HUGE_EXPONENT = -2000, 6000
-# Clears the bits of a float64 that a float32 lacks: truncation towards zero.
-_FLOAT32_BITS = np.int64(-1 << 29)
 
 
 def multiply_add(a: np.ndarray, b: np.ndarray, c: np.ndarray) -> np.ndarray:
@@ -40,7 +40,7 @@ def multiply_add(a: np.ndarray, b: np.ndarray, c: np.ndarray) -> np.ndarray:
             np.multiply(product, scale, out=product)
             np.copyto(term, product, casting="unsafe")
             total += np.add.reduce(term, axis=0, out=part)
-    return ((total.view(np.int64) & _FLOAT32_BITS).view(np.float64) / scale).astype(np.float32)
+    return ((total.view(np.int64) & FLOAT32_BITS).view(np.float64) / scale).astype(np.float32)
 
 
 def _largest_exponent(a: np.ndarray, b: np.ndarray, c: np.ndarray) -> np.ndarray:
