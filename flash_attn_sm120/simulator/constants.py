@@ -13,6 +13,8 @@ SHARED_START = 1024
 # Windows of the generic address space that stand for shared memory and for the parameter block.
 SHARED_WINDOW = 1 << 56
 PARAM_WINDOW = 1 << 57
+# The bits of a float64 that a float32 has: to keep these alone is truncation towards zero.
+FLOAT32_BITS = np.int64(-1 << 29)
 
 # What a register of a declared width holds, and how an instruction's type reads it; bf16 and pairs come as their bits.
 BASE_TYPES = {"pred": np.bool_, "8": np.uint8, "16": np.uint16, "32": np.uint32, "64": np.uint64}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
+from . import special_functions
 from .constants import PARAM_WINDOW, SHARED_WINDOW
 from .instructions_arithmetic import bf16_to_f32, f32_to_bf16, f32_to_f16, flush
 from .parser import Instruction
@@ -158,24 +159,25 @@ def _cvta(m, ins: Instruction):
 
 
 _APPROXIMATE = {
-    "ex2": np.exp2,
-    "lg2": np.log2,
-    "rcp": np.reciprocal,
+    "ex2": special_functions.ex2,
+    "lg2": special_functions.lg2,
+    "rcp": special_functions.rcp,
     "sqrt": np.sqrt,
     "rsqrt": lambda x: (1 / np.sqrt(x.astype(np.float64))).astype(np.float32),
     "tanh": np.tanh,
     "sin": np.sin,
     "cos": np.cos,
 }
+_ROUNDED = {"rcp": np.reciprocal, "sqrt": np.sqrt}
 
 
 @operation(*_APPROXIMATE)
 def _approximate(m, ins: Instruction):
-    """The .approx functions, correctly rounded or nearly so: within the error that PTX documents."""
+    """ex2, lg2 and rcp as the special function unit gives them, the others within the error that PTX documents."""
     dtype = ins.parts[-1]
     if dtype != "f32" or set(ins.parts[1:-1]) - {"approx", "ftz", "rn"}:
         raise unsupported(ins)
-    fn, ftz = _APPROXIMATE[ins.parts[0]], "ftz" in ins.parts
+    fn, ftz = (_ROUNDED if "rn" in ins.parts else _APPROXIMATE)[ins.parts[0]], "ftz" in ins.parts
     read, store = m.read(ins.args[1], "f32"), m.write(ins.args[0], "f32")
 
     def step(S, mask):

@@ -8,46 +8,38 @@ from __future__ import annotations
 import numpy as np
 
 from .global_memory import WORDS, MemoryFault
+from .instructions_arithmetic import bf16_to_f32
 from .instructions_conversion import fp8_values
 from .instructions_memory import address_reader
 from .parser import Instruction, Vec
 from .table import operation, unsupported
+from .tensor_core import multiply_add
 
 
-def _halves(bits: np.ndarray, kind: str) -> np.ndarray:
-    """(n, 32) words as float32 of shape (n, 8, 4, elements in a word)."""
+def _elements(bits: np.ndarray, kind: str) -> np.ndarray:
+    """(n, 32) words as float32 of shape (place, element of a word, group, n)."""
     n = len(bits)
+    bits = np.ascontiguousarray(bits)
     if kind in ("e4m3", "e5m2"):
-        table = fp8_values(kind + "x2")
-        return table[np.ascontiguousarray(bits).view(np.uint8).reshape(n, 8, 4, 4)]
-    pairs = np.ascontiguousarray(bits).view(np.uint16).reshape(n, 8, 4, 2)
-    if kind == "bf16":
-        return (pairs.astype(np.uint32) << np.uint32(16)).view(np.float32)
-    return pairs.view(np.float16).astype(np.float32)
+        values = fp8_values(kind + "x2")[bits.view(np.uint8)]
+    elif kind == "bf16":
+        values = bf16_to_f32(bits.view(np.uint16))
+    else:
+        values = bits.view(np.float16).astype(np.float32)
+    return values.reshape(n, 8, 4, -1).transpose(2, 3, 1, 0)
 
 
 _SHAPES = {"m16n8k16": ("bf16", "f16"), "m16n8k8": ("bf16", "f16"), "m16n8k32": ("e4m3", "e5m2")}
 
 
-def _a_matrix(registers: list[np.ndarray], kind: str) -> np.ndarray:
-    """(n, 16, k): rows in order, k in the order (lane place, k half, element) that _b_matrix shares."""
-    n, halves = len(registers[0]), len(registers) // 2
-    per_word = 4 if kind.startswith("e") else 2
-    out = np.empty((n, 2, 8, 4, halves, per_word), np.float32)
-    for i, bits in enumerate(registers):
-        out[:, i % 2, :, :, i // 2] = _halves(bits, kind)
-    return out.reshape(n, 16, -1)
-
-
-def _b_matrix(tiles: list[list[np.ndarray]], kind: str) -> np.ndarray:
-    """(n, k, 8 * tiles): columns of all tiles side by side."""
-    n, halves = len(tiles[0][0]), len(tiles[0])
-    per_word = 4 if kind.startswith("e") else 2
-    out = np.empty((n, len(tiles), 8, 4, halves, per_word), np.float32)
-    for t, registers in enumerate(tiles):
-        for i, bits in enumerate(registers):
-            out[:, t, :, :, i] = _halves(bits, kind)
-    return out.reshape(n, len(tiles) * 8, -1).transpose(0, 2, 1)
+def _operand(registers: list[np.ndarray], kind: str, halves: int) -> np.ndarray:
+    """(k, rows, n) of A, whose rows have two halves, or (k, columns, n) of B, with one: k in the order of _elements."""
+    parts = [_elements(bits, kind) for bits in registers]
+    place, element, group, n = parts[0].shape
+    out = np.empty((len(parts) // halves, place, element, halves, group, n), np.float32)
+    for i, part in enumerate(parts):
+        out[i // halves, :, :, i % halves] = part
+    return out.reshape(-1, halves * group, n)
 
 
 def _check(ins: Instruction) -> tuple[str, str]:
@@ -62,32 +54,25 @@ def _check(ins: Instruction) -> tuple[str, str]:
 
 @operation("mma")
 def _mma(m, ins: Instruction):
-    return _fused_mma(m, (ins,))
-
-
-@operation("fused mma")
-def _fused_mma(m, group: tuple[Instruction, ...]):
-    """d = a @ b + c for instructions that share a: one product with the b tiles side by side, float32 accumulation."""
-    first = group[0]
-    kind_a, kind_b = _check(first)
-    reads_a = [m.read(r, np.uint32) for r in first.args[1].items]
-    reads_b = [[m.read(r, np.uint32) for r in ins.args[2].items] for ins in group]
-    reads_c = [[m.read(r, np.float32) for r in ins.args[3].items] for ins in group]
-    writes = [[m.write(r, np.float32) for r in ins.args[0].items] for ins in group]
-    if len(first.args) != 4 or any(not isinstance(a, Vec) for a in first.args):
-        raise unsupported(first)
+    kind_a, kind_b = _check(ins)
+    if len(ins.args) != 4 or any(not isinstance(a, Vec) for a in ins.args):
+        raise unsupported(ins)
+    reads_a = [m.read(r, np.uint32) for r in ins.args[1].items]
+    reads_b = [m.read(r, np.uint32) for r in ins.args[2].items]
+    reads_c = [m.read(r, np.float32) for r in ins.args[3].items]
+    writes = [m.write(r, np.float32) for r in ins.args[0].items]
 
     def step(S, mask):
-        S = m.whole_warps(first, S, mask)
-        a = _a_matrix([r(S) for r in reads_a], kind_a)
-        b = _b_matrix([[r(S) for r in tile] for tile in reads_b], kind_b)
-        n = len(a)
-        # (n, row half, group, tile, place, column of a pair)
-        product = np.matmul(a, b).reshape(n, 2, 8, len(group), 4, 2)
-        for t, (accumulators, stores) in enumerate(zip(reads_c, writes, strict=True)):
-            for i, (c, store) in enumerate(zip(accumulators, stores, strict=True)):
-                part = product[:, i // 2, :, t, :, i % 2].reshape(n, 32)
-                store(S, None, part + c(S))
+        S = m.whole_warps(ins, S, mask)
+        a = _operand([r(S) for r in reads_a], kind_a, 2)
+        b = _operand([r(S) for r in reads_b], kind_b, 1)
+        # (row half, group, place, column of a pair, n)
+        c = np.empty((2, 8, 4, 2, a.shape[-1]), np.float32)
+        for i, read in enumerate(reads_c):
+            c[i // 2, :, :, i % 2] = read(S).T.reshape(8, 4, -1)
+        d = multiply_add(a, b, c.reshape(16, 8, -1)).reshape(c.shape)
+        for i, store in enumerate(writes):
+            store(S, None, d[i // 2, :, :, i % 2].reshape(32, -1).T)
 
     return step
 

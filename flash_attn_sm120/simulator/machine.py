@@ -198,19 +198,18 @@ class Machine:
             end = starts[number + 1] if number + 1 < len(starts) else len(instructions)
             after = number + 1 if number + 1 < len(starts) else EXIT
             steps, last = [], None
-            for ins in table.fuse(instructions[start:end]):
-                if isinstance(ins, Instruction) and table.ends_block(ins):
+            for ins in instructions[start:end]:
+                if table.ends_block(ins):
                     last = table.bind_control(self, ins, after)
                 else:
                     steps.append(self._guarded(ins))
             self.blocks.append((steps, last, after))
 
-    def _guarded(self, ins: Instruction | tuple) -> Callable:
+    def _guarded(self, ins: Instruction) -> Callable:
         step = table.bind(self, ins)
-        guard = ins.guard if isinstance(ins, Instruction) else None
-        if guard is None:
+        if ins.guard is None:
             return step
-        predicate = self.read(guard, "pred")
+        predicate = self.read(ins.guard, "pred")
 
         def run(S, mask):
             p = predicate(S)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from .parser import Instruction, Reg
+from .parser import Instruction
 from .report import UnsupportedInstruction
 
 BINDERS: dict[str, Callable] = {}
@@ -58,10 +58,8 @@ def starts_block(ins: Instruction) -> bool:
     return _waits(ins)
 
 
-def bind(machine, ins: Instruction | tuple[Instruction, ...]) -> Callable:
-    """The step for an instruction or for a run of products that were fused."""
-    if isinstance(ins, tuple):
-        return _bound(BINDERS["fused mma"], ins[0], machine, ins)
+def bind(machine, ins: Instruction) -> Callable:
+    """The step for an instruction."""
     return _bound(BINDERS.get(ins.parts[0]), ins, machine, ins)
 
 
@@ -100,30 +98,3 @@ def _access_bytes(parts: tuple[str, ...]) -> int:
     bits = int("".join(c for c in parts[-1] if c.isdigit()))
     count = next((int(p[1:]) for p in parts if p in ("v2", "v4", "v8")), 1)
     return min(bits // 8 * count, 16)
-
-
-def _overlaps(group: list[Instruction], ins: Instruction) -> bool:
-    written = {r.name for each in group for r in each.args[0].items if isinstance(r, Reg)}
-    return any(r.name in written for vec in ins.args for r in vec.items if isinstance(r, Reg))
-
-
-def fuse(instructions: list[Instruction]) -> list[Instruction | tuple[Instruction, ...]]:
-    """Join runs of mma with the same A operand and independent accumulators into one step, a tuple."""
-    out: list = []
-    run: list[Instruction] = []
-
-    def flush() -> None:
-        if run:
-            out.append(tuple(run) if len(run) > 1 else run[0])
-            run.clear()
-
-    for ins in instructions:
-        if ins.parts[0] != "mma" or ins.guard is not None:
-            flush()
-            out.append(ins)
-            continue
-        if run and (ins.op != run[0].op or ins.args[1] != run[0].args[1] or _overlaps(run, ins)):
-            flush()
-        run.append(ins)
-    flush()
-    return out
