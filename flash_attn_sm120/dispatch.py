@@ -30,7 +30,8 @@ class Plan:
     num_warps: int
     blocks_per_sm: int
     smem_bytes: int
-    loading_warps: int = 4  # registers change hands between groups of four warps
+    q_in_registers: bool = False
+    loading_warps: int = 4  # one of them works; registers change hands between groups of four
     loading_registers: int = 0
     matrix_registers: int = 0
 
@@ -51,7 +52,7 @@ class Plan:
 
 @dataclass(frozen=True, slots=True)
 class TileRow:
-    """A row of a tile table: serves head dims up to (head_dim, head_dim_v)."""
+    """A row of a tile table: serves head dims up to (head_dim, head_dim_v) with one of `masks`."""
 
     head_dim: int
     head_dim_v: int
@@ -59,33 +60,28 @@ class TileRow:
     tile_n: int
     num_warps: int
     blocks_per_sm: int
+    q_in_registers: bool = False
+    masks: tuple[str, ...] = MASKS
 
 
-# 32 rows a warp where registers and shared memory allow it (half the shared-memory reads), 16 above head_dim 128.
-# Evidence: benchmarks/NOTES.md, "Tiles of the plain kernel" and "The TMA kernel".
+# 32 rows a warp where registers and shared memory allow it (half the shared-memory reads), 16 above head_dim 128, where
+# Q in registers saves a third of them. Evidence: benchmarks/NOTES.md, "One main loop".
 FORWARD_TILES = (
     TileRow(64, 64, tile_m=128, tile_n=64, num_warps=4, blocks_per_sm=2),
     TileRow(96, 96, tile_m=128, tile_n=64, num_warps=4, blocks_per_sm=2),
     TileRow(128, 128, tile_m=128, tile_n=32, num_warps=4, blocks_per_sm=2),
-    TileRow(192, 192, tile_m=128, tile_n=64, num_warps=8, blocks_per_sm=1),
-    TileRow(256, 256, tile_m=128, tile_n=32, num_warps=8, blocks_per_sm=1),
+    TileRow(192, 192, tile_m=128, tile_n=64, num_warps=8, blocks_per_sm=1, q_in_registers=True),
+    TileRow(256, 256, tile_m=128, tile_n=32, num_warps=8, blocks_per_sm=1, q_in_registers=True),
 )
+# The larger tile is the faster one under a causal mask, and doesn't fit its registers under the others.
 FORWARD_TMA_TILES = (
-    TileRow(64, 64, tile_m=128, tile_n=64, num_warps=4, blocks_per_sm=2),
-    TileRow(96, 96, tile_m=128, tile_n=64, num_warps=4, blocks_per_sm=2),
-    TileRow(128, 128, tile_m=128, tile_n=32, num_warps=4, blocks_per_sm=2),
-    TileRow(192, 192, tile_m=128, tile_n=64, num_warps=8, blocks_per_sm=1),
-    TileRow(256, 256, tile_m=128, tile_n=32, num_warps=8, blocks_per_sm=1),
+    *FORWARD_TILES[:2],
+    TileRow(128, 128, tile_m=256, tile_n=64, num_warps=8, blocks_per_sm=1, masks=("causal",)),
+    *FORWARD_TILES[2:],
 )
 TILES = {"forward": FORWARD_TILES, "forward_tma": FORWARD_TMA_TILES}
-# A thread's registers once they have changed hands, loading and matrix, by kernel and matrix warps: together what the
-# equal shares of the launch had. Addresses for cp.async take 8 more than coordinates for TMA.
-REGISTERS = {
-    ("forward", 4): (32, 224),
-    ("forward", 8): (32, 232),
-    ("forward_tma", 4): (24, 232),
-    ("forward_tma", 8): (24, 240),
-}
+LOADING_REGISTERS = 24
+MATRIX_REGISTERS = {8: 240, 4: 232}  # by matrix warps; with the loading warps', what a launch of equal shares had
 
 
 def smem_bytes(problem: AttentionProblem, row: TileRow) -> int:
@@ -111,13 +107,16 @@ def compute_capability(arch: str) -> int:
 def plan_for(kernel: str, problem: AttentionProblem, arch: str = "sm_120a") -> Plan:
     """The kernel's plan, whether or not the dispatcher would take it."""
     row = next(
-        row for row in TILES[kernel] if problem.head_dim <= row.head_dim and problem.head_dim_v <= row.head_dim_v
+        row
+        for row in TILES[kernel]
+        if problem.head_dim <= row.head_dim and problem.head_dim_v <= row.head_dim_v and problem.mask in row.masks
     )
-    plan = Plan(kernel, row.tile_m, row.tile_n, row.num_warps, row.blocks_per_sm, smem_bytes(problem, row))
+    plan = Plan(
+        kernel, row.tile_m, row.tile_n, row.num_warps, row.blocks_per_sm, smem_bytes(problem, row), row.q_in_registers
+    )
     if compute_capability(arch) < 9:  # registers can't change hands, so one block has all of them
         return replace(plan, blocks_per_sm=1)
-    loading, matrix = REGISTERS[kernel, row.num_warps]
-    return replace(plan, loading_registers=loading, matrix_registers=matrix)
+    return replace(plan, loading_registers=LOADING_REGISTERS, matrix_registers=MATRIX_REGISTERS[row.num_warps])
 
 
 def choose(problem: AttentionProblem, arch: str = "sm_120a") -> Plan:

@@ -15,7 +15,6 @@ LANES = 32
 class CpAsyncLoader:
     """Brings the tiles of (m_block, head, batch) and of its KV head to `shared`, from tensors in any layout."""
 
-    warps = 1
     arrivals = LANES
 
     def __init__(

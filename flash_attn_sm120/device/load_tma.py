@@ -64,7 +64,6 @@ class TmaLoader:
     tile: Tile
     head_kv: Int32
 
-    warps = 1
     arrivals = 1
 
     def load_q(self, barrier: cute.Pointer) -> None:

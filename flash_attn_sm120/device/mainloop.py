@@ -6,6 +6,8 @@ Warps of their own load; mbarriers say when a tile is full or free. Source of th
 
 from __future__ import annotations
 
+import itertools
+
 import cutlass
 from cutlass import Float32, Int32, Int64, cute
 
@@ -16,7 +18,14 @@ from flash_attn_sm120.device.fragments import accumulators
 from flash_attn_sm120.device.gemm import pv_product, qk_product
 from flash_attn_sm120.device.mask import apply_mask
 from flash_attn_sm120.device.ptx import lane_anew, mbarrier_arrive
-from flash_attn_sm120.device.scheduler import Tile, read_edges, read_mask_bounds, read_tile_note, write_tile_note
+from flash_attn_sm120.device.scheduler import (
+    Tile,
+    read_block_count,
+    read_blocks,
+    read_mask_bounds,
+    read_tile_note,
+    write_tile_note,
+)
 from flash_attn_sm120.device.seqlen import Sequence, head_address
 from flash_attn_sm120.device.softmax import OnlineSoftmax, apply_softcap
 
@@ -75,33 +84,38 @@ class ForwardTile:
         if self.warp >= plan.num_warps:
             if cutlass.const_expr(plan.hands_over_registers):
                 cute.arch.setmaxregister_decrease(plan.loading_registers)
-            if self.warp < plan.num_warps + self.loader.warps:
+            if self.warp == plan.num_warps:
                 self.feed(blocks)
         else:
             if cutlass.const_expr(plan.hands_over_registers):
                 cute.arch.setmaxregister_increase(plan.matrix_registers)
-            self.multiply(blocks)
+            self.multiply()
             self.store(mO, mLSE)
 
     @cute.jit
     def start(self, blocks: BlockRange):
+        """The loading warp makes the barriers and starts the first copies while the other warps get ready."""
+        if self.warp == self.config.plan.num_warps:
+            if self.lane == 0:
+                for name in BARRIERS:
+                    count = self.config.plan.num_warps if name.endswith("free") else self.loader.arrivals
+                    cute.arch.mbarrier_init(self.bars[name], count)
+            cute.arch.mbarrier_init_fence()
+            cute.arch.sync_warp()
+            self.loader.load_q(self.bars["q_full"])
+            if blocks.begin < blocks.end:
+                self.loader.load_k(blocks.end - 1, self.bars["k_full"])
+                self.loader.load_v(blocks.end - 1, self.bars["v_full"])
         if self.thread == 0:
             self.write_note(blocks)
-            for name in BARRIERS:
-                count = self.config.plan.num_warps if name.endswith("free") else self.loader.arrivals
-                cute.arch.mbarrier_init(self.bars[name], count)
-        cute.arch.mbarrier_init_fence()
         cute.arch.sync_threads()
 
     @cute.jit
     def feed(self, blocks: BlockRange):
-        """A loading warp: Q and the last KV block at once, each other tile as soon as its place is free."""
+        """The loading warp: each tile of K and V as soon as the place of the one before is free."""
         bars = self.bars
-        begin, end = blocks.begin, blocks.end
-        if begin < end:
-            self.loader.load_q(bars["q_full"])
-        for i in cutlass.range(end - begin, unroll=1):
-            n = end - 1 - i
+        for i in cutlass.range(1, blocks.end - blocks.begin, unroll=1):
+            n = blocks.end - 1 - i
             free = (i & 1) ^ 1
             cute.arch.mbarrier_wait(bars["k_free"], free)
             self.loader.load_k(n, bars["k_full"])
@@ -109,19 +123,48 @@ class ForwardTile:
             self.loader.load_v(n, bars["v_full"])
 
     @cute.jit
-    def multiply(self, blocks: BlockRange):
-        """A matrix warp: the main loop on what the loading warps bring."""
-        begin, end = blocks.begin, blocks.end
-        if begin < end:
-            cute.arch.mbarrier_wait(self.bars["q_full"], 0)
-        for i in cutlass.range(end - begin, unroll=1):
-            left_edge, right_edge, end = read_edges(self.note)
-            n = end - 1 - i
-            if (n >= right_edge) | (n < left_edge):
-                self.block(n, i & 1, True)
+    def multiply(self):
+        """A matrix warp: the main loop on what the loading warp brings. The range of blocks is read from memory each
+        time, as no register is to hold it through the products."""
+        cute.arch.mbarrier_wait(self.bars["q_full"], 0)
+        self.tSrQ = self.keep_q() if self.config.plan.q_in_registers else None
+        i = Int32(0)
+        while i < read_block_count(self.note):
+            blocks = read_blocks(self.note)
+            n = blocks.end - 1 - i
+            if (n >= blocks.right_edge) | (n < blocks.left_edge):
+                if self.sees(n):
+                    self.block(n, i & 1, True)
+                else:
+                    self.skip(i & 1)
             else:
                 self.block(n, i & 1, False)
-        cute.arch.barrier(barrier_id=MATRIX_BARRIER, number_of_threads=32 * self.config.plan.num_warps)
+            i = i + 1
+        if cutlass.const_expr(self.config.layout_o != self.config.layout_q):  # else O takes the place of the warp's Q
+            cute.arch.barrier(barrier_id=MATRIX_BARRIER, number_of_threads=32 * self.config.plan.num_warps)
+
+    def sees(self, n: Int32) -> cutlass.Boolean:
+        """Whether any row of the warp sees any column of the block; a branch here costs nothing, unlike one inside."""
+        first_row, shift, _ = read_mask_bounds(self.note)
+        diagonal = first_row + self.warp_row + shift
+        visible = cutlass.Boolean(True)
+        if self.window_right is not None:
+            visible = n * self.config.plan.tile_n <= diagonal + (self.config.warp_rows - 1) + self.window_right
+        if self.window_left is not None:
+            visible = visible & ((n + 1) * self.config.plan.tile_n > diagonal - self.window_left)
+        return visible
+
+    def skip(self, phase: Int32) -> None:
+        first_lane = Int32(self.lane == 0)
+        for name in ("k", "v"):
+            cute.arch.mbarrier_wait(self.bars[name + "_full"], phase)
+            mbarrier_arrive(self.bars[name + "_free"].toint(), first_lane)
+
+    def keep_q(self) -> dict[tuple[int, int], list[Int32]]:
+        """Q in registers: reading it anew for each block would bind where a warp has 16 rows."""
+        sQ = self.config.layout_q.matrix(self.q_rows, self.lane)
+        places = itertools.product(range(0, self.config.warp_rows, 16), range(0, self.config.layout_q.cols, 16))
+        return {(row, col): sQ.load(row, col) for row, col in places}
 
     def block(self, n: Int32, phase: Int32, masked: bool) -> None:
         first_lane = Int32(self.lane == 0)
@@ -134,9 +177,9 @@ class ForwardTile:
 
     def scores(self) -> None:
         config = self.config
-        sQ = config.layout_q.matrix(self.q_rows, self.lane)
         sK = config.layout_k.matrix(self.shared, self.lane, config.offset_k, rows_first=False)
-        qk_product(sQ, sK, self.tSrS, config.dtype)
+        sQ = config.layout_q.matrix(self.q_rows, self.lane)
+        qk_product(self.tSrQ, sQ, sK, self.tSrS, config.dtype)
 
     @cute.jit
     def accumulate(self, n: Int32, masked: cutlass.Constexpr):

@@ -28,13 +28,13 @@ def apply_mask(
     m_frags, n_frags, _ = tSrS.shape
     for r in range(2 * m_frags):
         diagonal = first_row + 8 * r + group + shift - own_col
-        end = seqlen_k - own_col
+        last = seqlen_k - 1 - own_col
         if window_right is not None:
-            end = cutlass.min(end, diagonal + window_right + 1)
+            last = cutlass.min(last, diagonal + window_right)
         for n in range(n_frags):
             for j in range(2):
                 col, place = 8 * n + j, (r // 2, n, 2 * (r % 2) + j)
-                visible = end > col
+                visible = last >= col
                 if window_left is not None:
                     visible = visible & (diagonal - window_left <= col)
                 tSrS[place] = cutlass.select_(visible, tSrS[place], Float32(-math.inf))

@@ -30,7 +30,7 @@ def write_tile_note(
     """Keeps in shared memory what is needed seldom, so that no register holds it through the main loop."""
     shift = seqlen_k - seq_q.length
     values = (first_row, tile.head, tile.batch, seq_q.batch, seq_q.start, seq_q.length, seq_q.room, shift)
-    values += (blocks.left_edge, blocks.right_edge, blocks.end, seqlen_k)  # read in fours
+    values += (blocks.begin, blocks.end, blocks.left_edge, blocks.right_edge)  # read in fours
     for i, value in enumerate(values):
         store_shared_b32(shared + 4 * i, value)
 
@@ -42,18 +42,21 @@ def read_tile_note(shared: Int32) -> tuple[Int32, Int32, Int32, Sequence]:
     return first_row, head, batch, Sequence(start, index, length, room)
 
 
-def read_edges(shared: Int32) -> tuple[Int32, Int32, Int32]:
-    """(left_edge, right_edge, end) as written: KV blocks between the first two need no mask, the last is end - 1."""
-    left_edge, right_edge, end, _ = load_shared_v4(shared + 32)
-    return left_edge, right_edge, end
+def read_blocks(shared: Int32) -> BlockRange:
+    """As written."""
+    return BlockRange(*load_shared_v4(shared + 32))
+
+
+def read_block_count(shared: Int32) -> Int32:
+    begin, end, _, _ = load_shared_v4(shared + 32)
+    return end - begin
 
 
 def read_mask_bounds(shared: Int32) -> tuple[Int32, Int32, Int32]:
     """(first_row, shift, seqlen_k) as written, shift = seqlen_k - seqlen_q."""
     first_row, _, _, _ = load_shared_v4(shared)
-    _, _, _, shift = load_shared_v4(shared + 16)
-    _, _, _, seqlen_k = load_shared_v4(shared + 32)
-    return first_row, shift, seqlen_k
+    _, seqlen_q, _, shift = load_shared_v4(shared + 16)
+    return first_row, shift, seqlen_q + shift
 
 
 def dense_tile(block: Int32, m_blocks: Int32, heads: Int32, batch: Int32, group: Int32) -> Tile:

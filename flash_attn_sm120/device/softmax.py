@@ -44,8 +44,9 @@ def apply_softcap(tSrS: cute.Tensor, inner_scale: Float32, cap_scale: Float32) -
 
 
 def lowest(scale_log2: Float32) -> Float32:
-    """Below every score, and finite times scale_log2: with -inf a row that sees nothing would compute inf - inf."""
-    return Float32(-3e38) / cutlass.max(scale_log2, Float32(1.0))
+    """The maximum of a row that has seen nothing, below any score. With -inf it would compute inf - inf; a power of two
+    times the scale is exact, and so cancels itself."""
+    return cutlass.select_(scale_log2 > 1.0, Float32(-(2.0**100)), Float32(-(2.0**126)))
 
 
 class OnlineSoftmax:
@@ -91,17 +92,16 @@ class OnlineSoftmax:
             tOrO[m, n, i] = tOrO[m, n, i] * factors[2 * m + i // 2]
 
     def _probabilities(self, tSrS: cute.Tensor, dtype: str) -> list:
+        """Each exponential is added to its row's sum at once: a tree of sums takes registers that 256 rows lack."""
         m_frags, n_frags, _ = tSrS.shape
         pairs = {}
         for r in range(self.rows):
             m, half = r // 2, r % 2
             offset = -self.row_max[r] * self.scale_log2
-            sums = []
             for n in range(n_frags):
                 low, high = (exp2(fma(tSrS[m, n, 2 * half + j], self.scale_log2, offset)) for j in range(2))
-                sums.append(low + high)
+                self.row_sum[r] = (self.row_sum[r] + low) + high
                 pairs[m, half, n] = pack_pair(low, high, dtype)
-            self.row_sum[r] = self.row_sum[r] + tree_reduce(sums, operator.add)
         return [
             [[pairs[m, half, n + right] for right in range(2) for half in range(2)] for n in range(0, n_frags, 2)]
             for m in range(m_frags)
