@@ -89,7 +89,7 @@ def ours(cell: Cell, occupancy: str, kernel: str) -> Callable:
 
     def call(q, k, v):
         out = torch.empty((*q.shape[:-1], v.shape[-1]), dtype=q.dtype, device=q.device)
-        launch(q, k, v, out, None, None, None, None, None, scale, 0.0, left, 0)
+        launch(q, k, v, out, None, None, None, None, None, scale, 0.0, left, 0, None)
         return out
 
     return call

@@ -46,7 +46,7 @@ def main() -> None:
         "torch SDPA": lambda: F.scaled_dot_product_attention(heads_first, heads_first, heads_first),
     }
     launcher = load(AttentionProblem("bfloat16", 128, 128), target_of(torch.cuda.get_device_capability()))
-    calls["the launcher alone"] = lambda: launcher(q, q, q, out, None, None, None, None, None, 0.1, 0.0, 0, 0)
+    calls["the launcher alone"] = lambda: launcher(q, q, q, out, None, None, None, None, None, 0.1, 0.0, 0, 0, None)
     longer = torch.randn(1, 5000, 2, 128, device="cuda", dtype=torch.bfloat16)
     lengths = itertools.count(1)
 

@@ -26,7 +26,8 @@ def load(problem: AttentionProblem, arch: str) -> Callable:
     """The launcher for a problem on a target such as "sm_120a"; compiled on first use, by one thread at a time.
 
     Call it as fn(q, k, v, out, lse, cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k, softmax_scale, softcap,
-    window_left, window_right), with None for what the problem lacks; it launches on PyTorch's current stream.
+    window_left, window_right, dropout_seed), with None for what the problem lacks; it launches on PyTorch's current
+    stream.
     """
     key = (problem, arch)
     launcher = _loaded.get(key)
@@ -60,7 +61,8 @@ def _signature(problem: AttentionProblem) -> tuple:
     flags = (problem.packed_q, problem.packed_k, problem.seqused_q, problem.seqused_k)
     lengths = [_lengths() if given else None for given in flags]
     numbers = (Float32(0), Float32(0), Int32(0), Int32(0))
-    return (q, k, v, out, lse, *lengths, *numbers, make_fake_stream(use_tvm_ffi_env_stream=True))
+    dropout_seed = None
+    return (q, k, v, out, lse, *lengths, *numbers, dropout_seed, make_fake_stream(use_tvm_ffi_env_stream=True))
 
 
 def _matrix(dtype: type, rank: int, align: int = 16, divisibility: int = 8):

@@ -126,7 +126,7 @@ class _Call(NamedTuple):
     launcher: Callable | None  # None: there is nothing to compute
     out_shape: tuple[int, ...]
     lse_shape: tuple[int, ...] | None
-    numbers: tuple[float, float, int, int]  # softmax_scale, softcap, window_left, window_right
+    numbers: tuple[float, float, int, int, None]  # softmax_scale, softcap, window_left, window_right, dropout_seed
     readable: bool  # q, k and v have strides that the kernel can follow
     writable: bool  # out, if given, has
     reaches: tuple[int, ...]  # bytes that q, k, v and out extend over, where out is given
@@ -235,7 +235,7 @@ def _prepare(
         launcher,
         (*q.shape[:-1], head_dim_v),
         lse_shape,
-        (softmax_scale, softcap, window_left, window_right),
+        (softmax_scale, softcap, window_left, window_right, None),
         readable=all(map(_has_whole_strides, (q, k, v))),
         writable=out is None or _has_whole_strides(out),
         reaches=() if out is None else tuple(map(_reach, (q, k, v, out))),

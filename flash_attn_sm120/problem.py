@@ -30,6 +30,7 @@ class AttentionProblem:
     packed_q, packed_k: (total, heads, head_dim) with cu_seqlens, else (batch, seqlen, heads, head_dim).
     seqused_q, seqused_k: lengths a sequence, int32 (batch,), bound the rows that are used.
     tma_strides: q, k and v have strides that a tensor map can hold; False sends a dense problem to the plain kernel.
+    page_table, block_sparse, dropout: keys through a page table, blocks left out by a list, weights dropped at random.
     """
 
     dtype: str
@@ -43,6 +44,9 @@ class AttentionProblem:
     seqused_q: bool = False
     seqused_k: bool = False
     tma_strides: bool = True
+    page_table: bool = False
+    block_sparse: bool = False
+    dropout: bool = False
 
     def __post_init__(self) -> None:
         if self.dtype not in DTYPES:

@@ -28,7 +28,7 @@ def test_defaults(recorder):
     (call,) = recorder.calls
     assert call[0] is q and call[1] is k and call[2] is v and call[3] is out
     assert call[4:9] == (None,) * 5
-    assert call[9:] == (1 / math.sqrt(64), 0.0, UNBOUNDED, UNBOUNDED)
+    assert call[9:] == (1 / math.sqrt(64), 0.0, UNBOUNDED, UNBOUNDED, None)
     assert out.shape == (2, 9, 4, 32) and out.dtype == BF16 and out.is_contiguous()
 
 
@@ -80,7 +80,7 @@ MASKS = [
 def test_masks(options, mask, left, right, recorder):
     flash_attn_func(*make(), **options)
     assert recorder.problems[0].mask == mask
-    assert recorder.calls[0][11:] == (left, right)
+    assert recorder.calls[0][11:13] == (left, right)
 
 
 def test_out_is_written_in_place(recorder):

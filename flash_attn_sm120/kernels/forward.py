@@ -17,6 +17,7 @@ from flash_attn_sm120.device.mainloop import ForwardTile
 from flash_attn_sm120.device.scheduler import dense_tile, heads_in_l2, packed_tile
 from flash_attn_sm120.device.seqlen import sequence
 from flash_attn_sm120.device.tile import TileLayout
+from flash_attn_sm120.dispatch import can_implement
 from flash_attn_sm120.problem import AttentionProblem, padded
 
 if TYPE_CHECKING:
@@ -28,6 +29,8 @@ PTX_DTYPE = {"bfloat16": "bf16", "float16": "f16"}
 class FlashAttentionForwardSm80:
     """One Q tile a thread block, a loop over its KV blocks; `stages` tiles of K and of V are in flight."""
 
+    name = "forward"  # in dispatch.py's tables
+
     def __init__(self, problem: AttentionProblem, plan: Plan):
         self.problem = problem
         self.plan = plan
@@ -38,6 +41,11 @@ class FlashAttentionForwardSm80:
         self.layout_k = TileLayout(plan.tile_n, padded(problem.head_dim))
         self.layout_v = TileLayout(plan.tile_n, padded(problem.head_dim_v))
         self.layout_o = TileLayout(plan.tile_m, padded(problem.head_dim_v))
+
+    @classmethod
+    def can_implement(cls, problem: AttentionProblem, arch: str) -> bool:
+        """Whether this kernel gives right results for the problem on a target such as "sm_120a"."""
+        return can_implement(cls.name, problem, arch)
 
     @cute.jit
     def __call__(
@@ -55,10 +63,13 @@ class FlashAttentionForwardSm80:
         softcap: Float32,
         window_left: Int32,
         window_right: Int32,
+        dropout_seed: None,
         stream,
     ):
         """q, out (batch, seqlen_q, heads, d) or (total_q, heads, d); k, v likewise with heads_kv; lse (batch, heads,
-        seqlen_q) or (heads, total_q); cu_seqlens (batch + 1,), seqused (batch,) int32. `stream` stays last."""
+        seqlen_q) or (heads, total_q); cu_seqlens (batch + 1,), seqused (batch,) int32. dropout_seed waits for its code.
+        `stream` stays last."""
+        assert dropout_seed is None
         problem, plan = self.problem, self.plan
         heads = mQ.shape[1 if problem.packed_q else 2]
         heads_kv = mK.shape[1 if problem.packed_k else 2]

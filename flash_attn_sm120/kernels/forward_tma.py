@@ -17,7 +17,9 @@ from flash_attn_sm120.kernels.forward import FlashAttentionForwardSm80
 
 
 class FlashAttentionForwardSm120Tma(FlashAttentionForwardSm80):
-    """Takes what FlashAttentionForwardSm80 takes; the length tensors must be None."""
+    """Takes what FlashAttentionForwardSm80 takes; the length tensors and the dropout seed must be None."""
+
+    name = "forward_tma"
 
     def __init__(self, problem, plan):
         super().__init__(problem, plan)
@@ -41,9 +43,11 @@ class FlashAttentionForwardSm120Tma(FlashAttentionForwardSm80):
         softcap: Float32,
         window_left: Int32,
         window_right: Int32,
+        dropout_seed: None,
         stream,
     ):
         """q, out (batch, seqlen_q, heads, d); k, v (batch, seqlen_k, heads_kv, d); lse (batch, heads, seqlen_q)."""
+        assert dropout_seed is None
         problem, plan = self.problem, self.plan
         heads, heads_kv = mQ.shape[2], mK.shape[2]
         group = heads_in_l2(heads // heads_kv, mK.shape[1], 2 * (problem.head_dim + problem.head_dim_v))

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 # A launcher's arguments, in order.
 ARGUMENTS = (
     "q", "k", "v", "out", "lse", "cu_seqlens_q", "cu_seqlens_k", "seqused_q", "seqused_k",
-    "softmax_scale", "softcap", "window_left", "window_right",
+    "softmax_scale", "softcap", "window_left", "window_right", "dropout_seed",
 )  # fmt: skip
 
 
