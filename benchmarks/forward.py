@@ -1,10 +1,11 @@
-"""Dense prefill: this package against PyTorch's SDPA (flash, cuDNN) and flash-attn-4's sm_120 kernel where installed.
+"""Dense prefill: both kernels of this package against every other attention that is installed, in one run.
 
-    python benchmarks/forward.py [--occupancy sm120] [--cells issue|windows|head_dims] [--json FILE]
+    python benchmarks/forward.py [--cells issue|windows|head_dims] [--occupancy sm120|device] [--json FILE]
+    python benchmarks/plot.py FILE PICTURE
 
-TFLOPS count 2 * heads * (head_dim + head_dim_v) FLOP for each visible (query, key) pair. --occupancy sm120 pads the
-dynamic shared memory of our launches so that no more blocks are resident on an SM than SM120 could hold. cuDNN may use
-instructions that SM120 lacks and is shown for reference only.
+TFLOPS count 2 * heads * (head_dim + head_dim_v) FLOP for each visible (query, key) pair. `ours` is what the dispatcher
+picks, `other` this package's other kernel. --occupancy sm120 keeps no more of our blocks on an SM than SM120 holds;
+flash-attn-4 runs both as it is and so. cuDNN may use instructions that SM120 lacks and is shown for reference only.
 """
 
 from __future__ import annotations
@@ -12,20 +13,24 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import os
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
+from functools import cache
 from pathlib import Path
 
+import peers
 import torch
-import torch.nn.functional as F
+from ceiling import mma_tflops
+from sm120_mode import padded_smem
 from timing import median_ms
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from flash_attn_sm120.arguments import Arguments, Numbers
+from flash_attn_sm120.checks import target_of
 from flash_attn_sm120.compile import build
-from flash_attn_sm120.dispatch import choose, plan_for
+from flash_attn_sm120.dispatch import TILES, Plan, can_implement, choose, plan_for
 from flash_attn_sm120.problem import AttentionProblem
+
+WRONG = 0.05  # a larger difference between two kernels is no rounding
 
 
 @dataclass(frozen=True)
@@ -58,37 +63,51 @@ class Cell:
         mask = "local" if self.window is not None else self.mask
         return AttentionProblem("bfloat16", self.head_dim, self.head_dim_v, mask=mask)
 
+    def inputs(self) -> tuple[torch.Tensor, ...]:
+        shapes = [(self.heads, self.head_dim), (self.heads_kv, self.head_dim), (self.heads_kv, self.head_dim_v)]
+        size = (self.batch, self.seqlen)
+        return tuple(torch.randn(*size, *shape, device="cuda", dtype=torch.bfloat16) for shape in shapes)
+
 
 SIZES = ((4, 4096), (1, 16384))
-ISSUE = [Cell(b, s, mask=mask) for mask in ("full", "causal") for b, s in SIZES]
+MASKS = ("full", "causal")
+ISSUE = [Cell(b, s, mask=mask) for mask in MASKS for b, s in SIZES]
+ISSUE += [Cell(1, 16384, head_dim=64, head_dim_v=64, mask=mask) for mask in MASKS]
 WINDOWS = [Cell(1, 16384, mask="causal", window=window) for window in (None, 1023, 127)]
 DIMS = [
     Cell(b, s, 16, heads_kv, d, dv, mask)
     for d, dv in ((64, 64), (96, 96), (128, 128), (192, 128), (192, 192), (256, 256))
     for heads_kv in (16, 4)
-    for mask in ("full", "causal")
+    for mask in MASKS
     for b, s in ((16, 1024), *SIZES)
 ]
 CELLS = {"issue": ISSUE, "windows": WINDOWS, "head_dims": DIMS}
 
 
-def as_on_sm120(plan, shared_per_sm: int):
-    """The plan with shared memory padded so that exactly blocks_per_sm blocks fit an SM with shared_per_sm bytes."""
-    padded = shared_per_sm // (plan.blocks_per_sm + 1) - 1024 + 16
-    return replace(plan, smem_bytes=max(plan.smem_bytes, padded // 16 * 16))
+@cache
+def launcher(problem: AttentionProblem, plan: Plan, target: str) -> Callable:
+    return build(problem, plan, target)
 
 
-def ours(cell: Cell, occupancy: str, kernel: str) -> Callable:
-    properties = torch.cuda.get_device_properties(0)
-    target = f"sm_{properties.major}{properties.minor}a"
-    plan = choose(cell.problem, target) if kernel == "auto" else plan_for(kernel, cell.problem)
+def ours(cell: Cell, occupancy: str) -> dict[str, tuple[Plan, Callable]]:
+    """{"ours": (plan, call(q, k, v) -> out)}, and "other" where this package's other kernel can do it too."""
+    target = target_of(torch.cuda.get_device_capability())
+    picked = choose(cell.problem, target)
+    plans = {"ours": picked}
+    for name in TILES:
+        if name != picked.kernel and can_implement(name, cell.problem, target):
+            plans["other"] = plan_for(name, cell.problem)
+    return {name: (plan, _call(cell, plan, occupancy, target)) for name, plan in plans.items()}
+
+
+def _call(cell: Cell, plan: Plan, occupancy: str, target: str) -> Callable:
     if occupancy == "sm120":
-        plan = as_on_sm120(plan, properties.shared_memory_per_multiprocessor)
-    launch = build(cell.problem, plan, target)
+        plan = replace(plan, smem_bytes=padded_smem(plan.smem_bytes, plan.blocks_per_sm))
+    launch = launcher(cell.problem, plan, target)
     left = -1 if cell.window is None else cell.window
     numbers = Numbers(1 / math.sqrt(cell.head_dim), window_left=left)
 
-    def call(q, k, v):
+    def call(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
         out = torch.empty((*q.shape[:-1], v.shape[-1]), dtype=q.dtype, device=q.device)
         launch(*Arguments(q, k, v, out, numbers=numbers))
         return out
@@ -96,92 +115,73 @@ def ours(cell: Cell, occupancy: str, kernel: str) -> Callable:
     return call
 
 
-def sdpa(cell: Cell, backend: SDPBackend) -> Callable:
-    def call(q, k, v):
-        with sdpa_kernel(backend):
-            q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-            causal = cell.mask == "causal"
-            out = F.scaled_dot_product_attention(q, k, v, is_causal=causal, enable_gqa=cell.heads != cell.heads_kv)
-            return out.transpose(1, 2)
-
-    return call
-
-
-def flash_attn_4(cell: Cell) -> Callable:
-    from flash_attn.cute import flash_attn_func
-
-    window = (None, None) if cell.window is None else (cell.window, 0)
-
-    def call(q, k, v):
-        out = flash_attn_func(q, k, v, causal=cell.mask == "causal", window_size=window)
-        return out[0] if isinstance(out, tuple) else out
-
-    return call
-
-
-def peers(cell: Cell, wanted: list[str]) -> dict[str, Callable]:
-    makers = {
-        "sdpa_flash": lambda: sdpa(cell, SDPBackend.FLASH_ATTENTION),
-        "sdpa_cudnn": lambda: sdpa(cell, SDPBackend.CUDNN_ATTENTION),
-        "flash_attn_4": lambda: flash_attn_4(cell),
-    }
-    return {name: makers[name]() for name in wanted if cell.window is None or name == "flash_attn_4"}
-
-
-def measure(cell: Cell, occupancy: str, kernel: str, wanted: list[str]) -> dict:
-    def inputs() -> tuple:
-        shapes = [(cell.heads, cell.head_dim), (cell.heads_kv, cell.head_dim), (cell.heads_kv, cell.head_dim_v)]
-        size = (cell.batch, cell.seqlen)
-        return tuple(torch.randn(*size, *shape, device="cuda", dtype=torch.bfloat16) for shape in shapes)
-
-    sets = [inputs() for _ in range(3)]
-    row: dict = {"cell": cell.name, **asdict(cell)}
-    expected = None
-    for name, call in {"ours": ours(cell, occupancy, kernel), **peers(cell, wanted)}.items():
+def measure(cell: Cell, occupancy: str, wanted: list[str], ceiling: float) -> dict:
+    """A row of the results: for each kernel ms, TFLOPS and the largest difference from ours, or why it has none."""
+    sets = [cell.inputs() for _ in range(3)]
+    own = ours(cell, occupancy)
+    row: dict = {"cell": cell.name, **asdict(cell), "ms": {}, "tflops": {}, "difference": {}, "failed": {}}
+    row["plans"] = {name: asdict(plan) for name, (plan, _) in own.items()}
+    expected = own["ours"][1](*sets[0]).float()
+    for name in [*own, *wanted]:
+        if name in peers.TITLES and cell.window is not None and name not in peers.TAKE_WINDOWS:
+            row["failed"][name] = "no windows"
+            continue
         try:
-            out = call(*sets[0])
+            arguments = (cell.mask == "causal", cell.window, cell.heads != cell.heads_kv)
+            call = own[name][1] if name in own else peers.peer(name, *arguments)
+            difference = (call(*sets[0]).float() - expected).abs().max().item()
             ms = median_ms(call, sets)
         except Exception as error:  # a peer that lacks a feature is a fact for the table
-            if name == "ours":
+            if name in own:
                 raise
-            row[name] = f"{type(error).__name__}"
+            kind = "not installed" if isinstance(error, ImportError) else type(error).__name__
+            row["failed"][name] = f"{kind}: {error}"
             continue
-        expected = out if expected is None else expected
-        row[f"{name}_ms"] = ms
-        row[name] = cell.flop / ms / 1e9
-        row[f"{name}_difference"] = (out.float() - expected.float()).abs().max().item()
+        if not difference <= WRONG:
+            row["failed"][name] = f"differs by {difference:.2g}"
+            continue
+        row["ms"][name], row["tflops"][name], row["difference"][name] = ms, cell.flop / ms / 1e9, difference
+    best = max((row["tflops"].get(name, 0.0) for name in peers.MMA_SYNC), default=0.0)
+    row["ratio"] = row["tflops"]["ours"] / best if best else None
+    row["percent_of_ceiling"] = 100 * row["tflops"]["ours"] / ceiling
     return row
 
 
-def show(rows: list[dict], names: list[str]) -> str:
-    lines = ["| cell | ms | " + " | ".join(names) + " | ours / sdpa_flash |", "| --- " * (len(names) + 3) + "|"]
+def show(rows: list[dict], wanted: list[str]) -> str:
+    """The results as a Markdown table."""
+    titles = ["cell", "ms", "ours", "other", *(peers.TITLES[name] for name in wanted), "ours / best", "% of ceiling"]
+    lines = ["| " + " | ".join(titles) + " |", "| --- " * len(titles) + "|"]
     for row in rows:
-        values = [row.get(name, "") for name in names]
-        texts = [f"{value:.0f}" if isinstance(value, float) else str(value) for value in values]
-        base = row.get("sdpa_flash")
-        ratio = f"{row['ours'] / base:.2f}" if isinstance(base, float) else ""
-        lines.append(f"| {row['cell']} | {row['ours_ms']:.3f} | " + " | ".join(texts) + f" | {ratio} |")
+        speeds = [
+            f"{row['tflops'][name]:.0f}" if name in row["tflops"] else row["failed"].get(name, "").partition(":")[0]
+            for name in ("ours", "other", *wanted)
+        ]
+        ratio = "" if row["ratio"] is None else f"{row['ratio']:.2f}"
+        cells = [row["cell"], f"{row['ms']['ours']:.3f}", *speeds, ratio, f"{row['percent_of_ceiling']:.0f}"]
+        lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--occupancy", choices=("sm120", "device"), default="sm120")
-    parser.add_argument("--kernel", choices=("auto", "forward", "forward_tma"), default="auto")
+    parser.add_argument("--occupancy", choices=("sm120", "device"), default="sm120", help="of our kernels")
     parser.add_argument("--cells", choices=CELLS, default="issue")
-    parser.add_argument("--peers", default="sdpa_flash,sdpa_cudnn", help="comma list; flash_attn_4 too")
+    parser.add_argument("--peers", default=",".join(peers.TITLES), help="comma list (default: %(default)s)")
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
     wanted = [name for name in arguments.peers.split(",") if name]
-    if "flash_attn_4" in wanted:
-        os.environ.setdefault("FLASH_ATTENTION_ARCH", "sm_120")
-        sms = torch.cuda.get_device_properties(0).multi_processor_count
-        os.environ.setdefault("FLASH_ATTENTION_NUM_SMS", str(sms))
-    rows = [measure(cell, arguments.occupancy, arguments.kernel, wanted) for cell in CELLS[arguments.cells]]
-    print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, bf16, TFLOPS, occupancy {arguments.occupancy}\n")
-    print(show(rows, ["ours", *wanted]))
-    if arguments.json:
-        arguments.json.write_text(json.dumps(rows, indent=1))
+    if unknown := set(wanted) - set(peers.TITLES):
+        parser.error(f"--peers: expected some of {', '.join(peers.TITLES)}, got {', '.join(sorted(unknown))}")
+    ceiling = mma_tflops()
+    found = {"device": torch.cuda.get_device_name(), "torch": torch.__version__, "occupancy": arguments.occupancy}
+    found |= {"cells": arguments.cells, "peers": wanted, "mma_tflops": ceiling, "rows": []}
+    for cell in CELLS[arguments.cells]:
+        found["rows"].append(measure(cell, arguments.occupancy, wanted, ceiling))
+        if arguments.json:  # after each cell, so that a run that is cut short leaves what it has
+            arguments.json.write_text(json.dumps(found, indent=1))
+    print(f"{found['device']}, torch {found['torch']}, bf16, TFLOPS, occupancy {arguments.occupancy}.")
+    print(f"mma.sync ceiling in this run: {ceiling:.0f}. `best` is the fastest of {', '.join(peers.MMA_SYNC)}.\n")
+    print(show(found["rows"], wanted))
 
 
 if __name__ == "__main__":

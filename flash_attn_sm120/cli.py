@@ -212,14 +212,17 @@ def _show_results(results: list[Result]) -> int:
 def run_compile(arches: Sequence[str]) -> int:
     """Every variant for each target. 1 if one spills or keeps fewer than two matrix warps on a sub-partition."""
     from flash_attn_sm120.dispatch import variants
+    from flash_attn_sm120.sass import GET_NVDISASM, find_nvdisasm
+    from flash_attn_sm120.static_model import ASSUMPTIONS
 
     jobs = [(arch, problem) for arch in arches for problem in variants()]
     measured = [measure(problem, arch) for arch, problem in progress(jobs, "compile")]
     header = (
         "target", "variant", "kernel", "tile", "warps", "registers", "stack", "shared KB", "blocks/SM",
-        "matrix warps/SM", "verdict",
+        "warps/sub-partition", "HMMA", "slots/HMMA", "rescale", "% at 16", "% at 32", "binds", "verdict",
     )  # fmt: skip
     print(table(header, [row for row, _ in measured], [None if good else "red" for _, good in measured]))
+    print(ASSUMPTIONS if find_nvdisasm() else f"No predictions: there is no nvdisasm here; {GET_NVDISASM}.")
     failed = sum(not good for _, good in measured)
     text = (
         f"{len(measured) - failed} of {len(measured)} without a stack and with two matrix warps a sub-partition or more"
@@ -236,7 +239,8 @@ def measure(problem: AttentionProblem, arch: str) -> tuple[tuple[str, ...], bool
     from flash_attn_sm120.occupancy import RESERVED_BYTES, SUB_PARTITIONS, occupancy
 
     plan = choose(problem, arch)
-    kernels = cubin.read(build(problem, plan, arch, keep=True).__cubin__)
+    binary = build(problem, plan, arch, keep=True).__cubin__
+    kernels = cubin.read(binary)
     registers = max(kernel.registers for kernel in kernels)
     stack = max(kernel.stack_bytes for kernel in kernels)
     # From sm_90 on, a kernel's static shared memory counts the reserved KB.
@@ -252,9 +256,26 @@ def measure(problem: AttentionProblem, arch: str) -> tuple[tuple[str, ...], bool
         complaints.append(f"{plan.blocks_per_sm} blocks planned ({held.limit})")
     row = (
         arch, label(problem), plan.kernel, f"{plan.tile_m}x{plan.tile_n}", plan.num_warps, registers, stack,
-        f"{shared / 1024:.1f}", held.blocks, held.matrix_warps, ", ".join(complaints) or "ok",
+        f"{shared / 1024:.1f}", held.blocks, f"{held.warps_a_sub_partition:g}",
+        *_predicted(binary, int(held.warps_a_sub_partition)), ", ".join(complaints) or "ok",
     )  # fmt: skip
     return tuple(map(str, row)), not complaints
+
+
+def _predicted(binary: bytes, warps: int) -> tuple[str, ...]:
+    """The static model's cells. Its columns are for reading: they don't change the verdict."""
+    from flash_attn_sm120.sass import NotAvailable
+    from flash_attn_sm120.static_model import predict
+
+    try:
+        if not warps:
+            raise NotAvailable("an SM holds no block")
+        found = predict(binary, warps)
+    except NotAvailable as reason:
+        return ("-", "-", "-", "-", "-", f"not available: {reason}")
+    percents = (f"{percent:.0f}" for percent in found.percent.values())
+    binds = " / ".join(dict.fromkeys(found.binds.values()))
+    return (str(found.hmma), f"{found.other / found.hmma:.2f}", str(found.rescale), *percents, binds)
 
 
 def label(problem: AttentionProblem) -> str:

@@ -91,12 +91,21 @@ def smem_bytes(problem: AttentionProblem, row: TileRow) -> int:
     return ELEMENT_BYTES * max(inputs, row.tile_m * dv) + TILE_NOTE_BYTES + BARRIER_BYTES
 
 
+# Attributes of a problem that a kernel has no code for: the plain kernel's await it, TMA's are the dispatch rule.
+EXCLUDED = {
+    "forward": ("paged", "block_sparse", "dropout"),
+    "forward_tma": ("paged", "varlen", "block_sparse", "dropout"),
+}
+
+
 def can_implement(kernel: str, problem: AttentionProblem, arch: str) -> bool:
     """Whether the kernel gives right results for the problem on a target such as "sm_120a"."""
+    if any(getattr(problem, name) for name in EXCLUDED[kernel]):
+        return False
     if kernel == "forward":
         return True
     whole_boxes = problem.head_dim % 32 == 0 and problem.head_dim_v % 32 == 0
-    return compute_capability(arch) >= 9 and not problem.varlen and problem.tma_strides and whole_boxes
+    return compute_capability(arch) >= 9 and problem.tma_strides and whole_boxes
 
 
 def compute_capability(arch: str) -> int:
@@ -121,8 +130,11 @@ def plan_for(kernel: str, problem: AttentionProblem, arch: str = "sm_120a") -> P
 
 def choose(problem: AttentionProblem, arch: str = "sm_120a") -> Plan:
     """The plan for a problem: TMA where it may be used, as it measured faster for every head_dim; tiles are SM120's
-    whatever the target."""
-    kernel = "forward_tma" if can_implement("forward_tma", problem, arch) else "forward"
+    whatever the target. Raises NotImplementedError for what no kernel does."""
+    kernel = next((name for name in ("forward_tma", "forward") if can_implement(name, problem, arch)), None)
+    if kernel is None:
+        missing = ", ".join(name for name in EXCLUDED["forward"] if getattr(problem, name))
+        raise NotImplementedError(f"{missing}: expected False, got True (no kernel offers it)")
     return plan_for(kernel, problem, arch)
 
 

@@ -41,6 +41,7 @@ class AttentionProblem:
     context_parallel: k and v hold every cp_world_size-th token, from cp_rank on, of cp_tot_seqused_k.
     decode: few rows a sequence; the query heads of one KV head are rows of one tile.
     split: the decode kernel writes float32 partial results of a part of the keys each, for the combine kernel.
+    block_sparse, dropout: blocks left out by a list, weights dropped at random.
     """
 
     dtype: str
@@ -64,6 +65,8 @@ class AttentionProblem:
     context_parallel: bool = False
     decode: bool = False
     split: bool = False
+    block_sparse: bool = False
+    dropout: bool = False
 
     def __post_init__(self) -> None:
         if self.dtype not in DTYPES:
@@ -80,6 +83,11 @@ class AttentionProblem:
             value = getattr(self, name)
             if value % 8 or not 8 <= value <= MAX_HEAD_DIM:
                 raise ValueError(f"{name}: expected a multiple of 8 from 8 to {MAX_HEAD_DIM}, got {value}")
+
+    @property
+    def paged(self) -> bool:
+        """Keys and values are reached through a page table."""
+        return self.page_size > 0
 
     @property
     def varlen(self) -> bool:

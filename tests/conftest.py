@@ -41,6 +41,18 @@ def gpu():
     return torch.device("cuda")
 
 
+@pytest.fixture
+def plain_kernel_only(monkeypatch):
+    """No problem goes through TMA; what was compiled before is set aside."""
+    from flash_attn_sm120 import compile, dispatch
+    from flash_attn_sm120.simulator import attention
+
+    monkeypatch.setattr(dispatch, "can_implement", lambda kernel, problem, arch: kernel == "forward")
+    for module, name in ((interface, "_calls"), (interface, "_launchers"), (compile, "_loaded")):
+        monkeypatch.setattr(module, name, {})
+    monkeypatch.setattr(attention, "artifact", attention.artifact.__wrapped__)
+
+
 @pytest.fixture(autouse=True)
 def seed(request):
     """Inputs differ from test to test and stay from run to run, unless FLASH_ATTN_SM120_SEED says otherwise."""

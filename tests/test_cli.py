@@ -1,5 +1,6 @@
 """The command line: what it prints and what it returns. No GPU needed."""
 
+import re
 import subprocess
 import sys
 
@@ -107,6 +108,25 @@ def test_compile_judges(stack, warps, verdict, monkeypatch, capsys):
         (line,) = (line for line in text.splitlines() if line.startswith(arch))
         assert "fp16 192/128 causal packed lse" in line and verdict in line and " 96.0 " in line
     assert f"{2 if verdict == 'ok' else 0} of 2 without a stack" in text
+
+
+def test_compile_shows_predictions_and_says_when_it_cannot(monkeypatch, capsys):
+    pytest.importorskip("cutlass")
+    from flash_attn_sm120 import sass
+
+    problem = AttentionProblem("bfloat16", 64, 64)
+    monkeypatch.setattr(dispatch, "variants", lambda: [problem])
+    assert cli.main(["compile", "--arch", "sm_120a"]) == 0
+    header, line, *rest = capsys.readouterr().out.splitlines()
+    cells = dict(zip(re.split("  +", header), re.split("  +", line), strict=True))
+    assert int(cells["HMMA"]) > 0 and 0 < float(cells["slots/HMMA"]) < 10 and cells["warps/sub-partition"] == "2"
+    assert 50 < int(cells["% at 16"]) <= int(cells["% at 32"]) <= 100 and cells["binds"]
+    assert "GB10, RTX PRO 6000" in " ".join(rest)
+
+    monkeypatch.setattr(sass, "find_nvdisasm", lambda: None)
+    assert cli.main(["compile", "--arch", "sm_120a"]) == 0
+    header, line, *rest = capsys.readouterr().out.splitlines()
+    assert "not available: no nvdisasm" in line and "pip install nvidia-cuda-nvdisasm" in rest[0]
 
 
 def test_explain():

@@ -1,4 +1,7 @@
-"""Every variant compiles for both targets without spilling, and an SM holds as many blocks as the plan says."""
+"""Every variant compiles for both targets without spilling, and an SM holds as many blocks as the plan says.
+
+Dense calls of head_dim 128 without softcap are predicted to reach 90% of the mma.sync ceiling or more.
+"""
 
 import threading
 
@@ -9,19 +12,26 @@ from flash_attn_sm120 import compile as compiler
 from flash_attn_sm120 import cubin
 from flash_attn_sm120.dispatch import choose, variants
 from flash_attn_sm120.occupancy import RESERVED_BYTES, occupancy
-from flash_attn_sm120.problem import AttentionProblem
+from flash_attn_sm120.problem import AttentionProblem, padded
+from flash_attn_sm120.static_model import predict
 
 
 @pytest.mark.parametrize("arch", ["sm_120a", "sm_121a"])
 @pytest.mark.parametrize("problem", variants(), ids=variant_name)
 def test_variant_has_no_stack_and_two_matrix_warps_a_sub_partition(problem, arch):
     plan = choose(problem, arch)
-    (kernel,) = cubin.read(compiler.build(problem, plan, arch, keep=True).__cubin__)
+    binary = compiler.build(problem, plan, arch, keep=True).__cubin__
+    (kernel,) = cubin.read(binary)
     assert kernel.stack_bytes == 0
     assert kernel.shared_bytes == RESERVED_BYTES  # of static shared memory, only what the driver reserves
     held = occupancy(kernel.registers, plan.num_warps + plan.loading_warps, plan.smem_bytes, plan.num_warps)
     assert held.blocks >= plan.blocks_per_sm
     assert held.warps_a_sub_partition >= 2
+    prediction = predict(binary, int(held.warps_a_sub_partition))
+    columns = padded(problem.head_dim) + padded(problem.head_dim_v)
+    assert prediction.hmma == plan.tile_m // plan.num_warps * plan.tile_n * columns // (16 * 8 * 16)
+    if problem.head_dim == problem.head_dim_v == 128 and plan.kernel == "forward_tma" and not problem.softcap:
+        assert min(prediction.percent.values()) >= 90
 
 
 def test_a_problem_is_compiled_once_however_many_threads_ask(monkeypatch):

@@ -42,7 +42,7 @@ def test_the_tables_are_searched_from_small_to_large(kernel):
     assert dims[-1] == (256, 256)
 
 
-FLAGS = ("packed_q", "packed_k", "seqused_q", "seqused_k")
+VARLEN = ("packed_q", "packed_k", "seqused_q", "seqused_k")
 
 
 @pytest.mark.parametrize("flags", list(itertools.product((False, True), repeat=4)))
@@ -50,11 +50,31 @@ FLAGS = ("packed_q", "packed_k", "seqused_q", "seqused_k")
 @pytest.mark.parametrize("arch", ["sm_80", "sm_89", "sm_90a", "sm_120a", "sm_121a"])
 @pytest.mark.parametrize("head_dims", [(64, 64), (96, 96), (192, 128), (256, 256), (80, 80), (72, 64), (128, 40)])
 def test_tma_only_where_the_rule_allows_it(flags, tma_strides, arch, head_dims):
-    problem = AttentionProblem("bfloat16", *head_dims, **dict(zip(FLAGS, flags, strict=True)), tma_strides=tma_strides)
+    problem = AttentionProblem("bfloat16", *head_dims, **dict(zip(VARLEN, flags, strict=True)), tma_strides=tma_strides)
     allowed = not any(flags) and tma_strides and arch not in ("sm_80", "sm_89") and not any(d % 32 for d in head_dims)
     assert can_implement("forward_tma", problem, arch) == allowed
     assert can_implement("forward", problem, arch)
     assert choose(problem, arch).kernel == ("forward_tma" if allowed else "forward")
+
+
+@pytest.mark.parametrize("paged, varlen, sparse, dropout", list(itertools.product((False, True), repeat=4)))
+@pytest.mark.parametrize("arch", ["sm_80", "sm_90a", "sm_120a", "sm_121a"])
+def test_which_kernel_takes_which_combination(paged, varlen, sparse, dropout, arch):
+    kernels = pytest.importorskip("flash_attn_sm120.compile").KERNELS
+    features = {"page_size": 16 * paged, "seqused_k": varlen, "block_sparse": sparse, "dropout": dropout}
+    problem = AttentionProblem("bfloat16", 128, 128, **features)
+    offered = not (paged or sparse or dropout)
+    by_tma = offered and not varlen and arch != "sm_80"
+    for kernel, expected in (("forward", offered), ("forward_tma", by_tma)):
+        assert can_implement(kernel, problem, arch) == expected
+        assert kernels[kernel].can_implement(problem, arch) == expected
+    if offered:
+        assert choose(problem, arch).kernel == ("forward_tma" if by_tma else "forward")
+        return
+    with pytest.raises(NotImplementedError) as raised:
+        choose(problem, arch)
+    for name, asked in (("paged", paged), ("block_sparse", sparse), ("dropout", dropout)):
+        assert (name in str(raised.value)) == asked
 
 
 def test_variants_cover_each_row_and_each_feature():

@@ -5,8 +5,7 @@ import math
 import pytest
 import torch
 
-from flash_attn_sm120 import compile, dispatch, interface, matrix
-from flash_attn_sm120.simulator import attention
+from flash_attn_sm120 import matrix
 
 
 def test_there_are_64():
@@ -19,15 +18,6 @@ def test_there_are_64():
 def test_config(config, device):
     result = matrix.run(config, device.torch_device, device.size)
     assert result.passed, result.complaints
-
-
-@pytest.fixture
-def plain_kernel_only(monkeypatch):
-    """No problem goes through TMA; what was compiled before is set aside."""
-    monkeypatch.setattr(dispatch, "can_implement", lambda kernel, problem, arch: kernel == "forward")
-    for module, name in ((interface, "_calls"), (interface, "_launchers"), (compile, "_loaded")):
-        monkeypatch.setattr(module, name, {})
-    monkeypatch.setattr(attention, "artifact", attention.artifact.__wrapped__)
 
 
 @pytest.mark.parametrize("config", [c for c in matrix.configs() if not c.varlen], ids=lambda config: config.name)

@@ -37,7 +37,7 @@ def _unpack(struct: ir.Value, element: ir.Type, count: int, wrap: type, loc=None
 def cp_async_16(
     shared: Int32, glob: Int64, size: Int32, shared_offset: int = 0, glob_offset: int = 0, *, loc=None, ip=None
 ) -> None:
-    """Copies 16 bytes, glob + glob_offset to shared + shared_offset; size 0 (else 16) reads nothing and writes zeros."""
+    """Copies 16 bytes, glob + glob_offset to shared + shared_offset; size 0 (not 16) reads nothing and writes zeros."""
     text = f"cp.async.cg.shared.global.L2::128B [$0+{shared_offset}], [$1+{glob_offset}], 16, $2;"
     operands = [Int32(shared), Int64(glob), Int32(size)]
     values = [operand.ir_value(loc=loc, ip=ip) for operand in operands]

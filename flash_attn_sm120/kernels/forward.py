@@ -19,6 +19,7 @@ from flash_attn_sm120.device.mainloop import ForwardTile
 from flash_attn_sm120.device.scheduler import dense_tile, heads_in_l2, packed_tile
 from flash_attn_sm120.device.seqlen import sequence
 from flash_attn_sm120.device.tile import TileLayout
+from flash_attn_sm120.dispatch import can_implement
 from flash_attn_sm120.problem import AttentionProblem, padded
 
 if TYPE_CHECKING:
@@ -29,6 +30,8 @@ PTX_DTYPE = {"bfloat16": "bf16", "float16": "f16"}
 
 class FlashAttentionForwardSm80:
     """One Q tile a thread block, a loop over its KV blocks."""
+
+    name = "forward"  # in dispatch.py's tables
 
     def __init__(self, problem: AttentionProblem, plan: Plan):
         self.problem = problem
@@ -46,6 +49,11 @@ class FlashAttentionForwardSm80:
     def heads_per_kv(self, mQ: cute.Tensor, mK: cute.Tensor) -> Int32:
         return mQ.shape[1 if self.problem.packed_q else 2] // mK.shape[1 if self.problem.packed_k else 2]
 
+    @classmethod
+    def can_implement(cls, problem: AttentionProblem, arch: str) -> bool:
+        """Whether this kernel gives right results for the problem on a target such as "sm_120a"."""
+        return can_implement(cls.name, problem, arch)
+
     @cute.jit
     def __call__(
         self,
@@ -61,6 +69,7 @@ class FlashAttentionForwardSm80:
     ):
         """q, out (batch, seqlen_q, heads, d) or (total_q, heads, d); k, v likewise with heads_kv; lse (batch, heads,
         seqlen_q) or (heads, total_q). `stream` stays last."""
+        assert modifiers.dropout_seed is None
         problem, plan = self.problem, self.plan
         heads = mQ.shape[1 if problem.packed_q else 2]
         if cutlass.const_expr(problem.packed_q):

@@ -27,6 +27,8 @@ if TYPE_CHECKING:
 class FlashAttentionForwardSm120Tma(FlashAttentionForwardSm80):
     """Takes what FlashAttentionForwardSm80 takes; lengths and modifiers must be empty."""
 
+    name = "forward_tma"
+
     def __init__(self, problem: AttentionProblem, plan: Plan):
         super().__init__(problem, plan)
         self.pack_gqa = False

@@ -1,0 +1,64 @@
+"""The kernels that measure a GPU's ceilings do the work that is counted; what forward.py counts and shows."""
+
+import sys
+from functools import reduce
+from operator import xor
+from pathlib import Path
+
+import pytest
+import torch
+
+pytest.importorskip("cutlass")
+sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
+import ceiling
+import forward
+
+from flash_attn_sm120 import simulator
+from flash_attn_sm120.hot_path import hot_path
+from flash_attn_sm120.sass import disassemble
+
+
+@pytest.fixture
+def build(tmp_path):
+    options = f"--keep-ptx --keep-cubin --dump-dir {tmp_path}"
+    return lambda kernel: ceiling.build(kernel, "sm_120a", options)
+
+
+def test_mma_loop_multiplies_each_round_and_does_little_else(build):
+    built = build(ceiling.MmaLoop)
+    names = [instruction.name for instruction in hot_path(disassemble(built.__cubin__)).instructions]
+    assert names.count("HMMA") == ceiling.PRODUCTS and len(names) < 1.5 * ceiling.PRODUCTS
+    sums = []
+    for rounds in (1, 3):
+        out = torch.full((2, ceiling.THREADS), float("nan"))
+        with simulator.simulate():
+            simulator.launch(built, (out, rounds))
+        sums.append(out)
+    assert (sums[0] > 0).all() and sums[0].unique().numel() > 16
+    torch.testing.assert_close(sums[1], 3 * sums[0])
+
+
+def test_read_loop_reads_every_word(build):
+    words = torch.randint(-(2**31), 2**31, (ceiling.IN_FLIGHT + 3, 2, ceiling.THREADS, 4)).to(torch.int32)
+    out = torch.zeros(2, ceiling.THREADS, dtype=torch.int32)
+    with simulator.simulate():
+        simulator.launch(build(ceiling.ReadLoop), (words, out))
+    assert torch.equal(out, reduce(xor, (words[step, ..., i] for step in range(len(words)) for i in range(4))))
+
+
+@pytest.mark.parametrize("mask, window", [("full", None), ("causal", None), ("causal", 2), ("causal", 100)])
+def test_flop_counts_visible_pairs(mask, window):
+    rows, columns = torch.arange(9)[:, None], torch.arange(9)
+    visible = (columns <= rows) | (mask == "full")
+    if window is not None:
+        visible &= columns >= rows - window
+    cell = forward.Cell(2, 9, heads=3, head_dim=8, head_dim_v=16, mask=mask, window=window)
+    assert cell.flop == 2 * 2 * 3 * int(visible.sum()) * (8 + 16)
+
+
+def test_the_table_names_what_failed():
+    row = {"cell": "d64", "ms": {"ours": 0.5}, "tflops": {"ours": 400.0, "sdpa_flash": 320.0}, "ratio": 1.25}
+    row |= {"failed": {"flash_attn_4": "not installed: No module"}, "percent_of_ceiling": 62.5}
+    header, _, line = forward.show([row], ["sdpa_flash", "flash_attn_4"]).splitlines()
+    assert "SDPA flash | flash-attn-4" in header
+    assert line == "| d64 | 0.500 | 400 |  | 320 | not installed | 1.25 | 62 |"
