@@ -6,28 +6,17 @@ Idea: Dao, FlashAttention-2 (2023).
 
 from __future__ import annotations
 
-import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 
-from flash_attn_sm120 import checks
-from flash_attn_sm120.arguments import Modifiers, Numbers
-from flash_attn_sm120.problem import AttentionProblem
+from flash_attn_sm120 import calls, checks
+from flash_attn_sm120.arguments import Modifiers
+from flash_attn_sm120.prepare import prepare
+from flash_attn_sm120.strides import aligned, target_for
 
-MAX_ROW_STRIDE = 2**30  # elements; the kernels count the bytes from row to row in 31 bits
-
-MAX_CALLS = 4096  # kept; a server sees few, a sweep over lengths starts anew
 DENSE = (None,) * 6
 NO_MODIFIERS = Modifiers()
-
-_calls: dict[tuple, _Call] = {}
-_launchers: dict[tuple, Callable] = {}
-_targets: dict[int, str] = {}
-_lock = threading.Lock()
-_cpu_load: Callable[[AttentionProblem], Callable] | None = None
 
 
 def flash_attn_func(
@@ -122,19 +111,6 @@ def flash_attn_varlen_func(
     return _forward(q, k, v, lengths, softmax_scale, causal, window_size, softcap, out, return_lse)
 
 
-class _Call(NamedTuple):
-    """What all calls with the same arguments but for addresses and contents have in common; checked once."""
-
-    launcher: Callable | None  # None: there is nothing to compute
-    out_shape: tuple[int, ...]
-    lse_shape: tuple[int, ...] | None
-    numbers: Numbers
-    readable: bool  # q, k and v have strides that the kernel can follow
-    writable: bool  # out, if given, has
-    reaches: tuple[int, ...]  # bytes that q, k, v and out extend over, where out is given
-    device_index: int | None
-
-
 def _forward(
     q: torch.Tensor,
     k: torch.Tensor,
@@ -156,15 +132,13 @@ def _forward(
             lengths if lengths is DENSE else tuple(map(_signature, lengths[:4])),
             options, causal.__class__, return_lse.__class__,
         )  # fmt: skip
-        call = _calls.get(key)
+        call = calls.known.get(key)
     except (AttributeError, TypeError):
         key = call = None
     if call is None:
-        call = _prepare(q, k, v, lengths, *options, out)
+        call = prepare(q, k, v, lengths, *options, out)
         if key is not None:
-            if len(_calls) >= MAX_CALLS:
-                _calls.clear()
-            _calls[key] = call
+            calls.remember(key, call)
     if q.requires_grad or k.requires_grad or v.requires_grad or (out is not None and out.requires_grad):
         checks.check_forward_only(q, k, v, out)
         q, k, v = q.detach(), k.detach(), v.detach()
@@ -176,9 +150,11 @@ def _forward(
     result = q.new_empty(call.out_shape) if out is None else out
     lse = q.new_empty(call.lse_shape, dtype=torch.float32) if return_lse else None
     if call.launcher is not None:
-        target = result if out is None else _target_for(out, q, k, v, call, cu_seqlens_q is not None)
+        target = (
+            result if out is None else target_for(out, (q, k, v), call.reaches, call.writable, cu_seqlens_q is not None)
+        )
         if not call.readable or (q.data_ptr() | k.data_ptr() | v.data_ptr()) % 16:
-            q, k, v = _aligned(q), _aligned(k), _aligned(v)
+            q, k, v = aligned(q), aligned(k), aligned(v)
         given = (cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k, None, None)
         arguments = (q, k, v, target, lse, given, NO_MODIFIERS, call.numbers)
         if call.device_index is not None and call.device_index != torch.cuda.current_device():
@@ -194,163 +170,3 @@ def _forward(
 def _signature(tensor: torch.Tensor | None) -> tuple | None:
     """A tensor without its address and contents."""
     return None if tensor is None else (tensor.shape, tensor.stride(), tensor.dtype, tensor.get_device())
-
-
-def _prepare(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    lengths: tuple,
-    softmax_scale: float | None,
-    causal: bool,
-    window_size: tuple[int | None, int | None],
-    softcap: float,
-    return_lse: bool,
-    out: torch.Tensor | None,
-) -> _Call:
-    """Every check that needs no address and no contents; finds the launcher."""
-    cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k, *_ = lengths
-    checks.check_tensors(q, k, v, cu_seqlens_q, cu_seqlens_k)
-    batch = checks.check_lengths(q, k, cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k)
-    head_dim, head_dim_v = q.shape[-1], v.shape[-1]
-    softmax_scale = checks.check_softmax_scale(softmax_scale, head_dim)
-    softcap = checks.check_softcap(softcap)
-    mask, window_left, window_right = checks.check_mask(causal, window_size)
-    checks.check_flag("return_lse", return_lse)
-    if out is not None:
-        checks.check_out(out, q, head_dim_v)
-    checks.check_forward_only(q, k, v, out)
-
-    packed_q, packed_k = cu_seqlens_q is not None, cu_seqlens_k is not None
-    launcher = None
-    if batch == 0 or q.shape[0 if packed_q else 1] == 0:
-        _check_device(q.device)
-    else:
-        lengths_given = (packed_q, packed_k, seqused_q is not None, seqused_k is not None)
-        # strides choose between kernels for dense calls only
-        tma_strides = any(lengths_given) or all(map(_has_tma_strides, (q, k, v)))
-        features = (mask, softcap != 0.0, return_lse, *lengths_given, tma_strides)
-        launcher = _load(q.dtype, head_dim, head_dim_v, *features, q.device)
-    lse_shape = None
-    if return_lse:
-        lse_shape = (q.shape[1], q.shape[0]) if packed_q else (q.shape[0], q.shape[2], q.shape[1])
-    return _Call(
-        launcher,
-        (*q.shape[:-1], head_dim_v),
-        lse_shape,
-        Numbers(softmax_scale, softcap, window_left, window_right),
-        readable=all(map(_has_whole_strides, (q, k, v))),
-        writable=out is None or _has_whole_strides(out),
-        reaches=() if out is None else tuple(map(_reach, (q, k, v, out))),
-        device_index=q.device.index if q.is_cuda else None,
-    )
-
-
-def _load(
-    dtype: torch.dtype,
-    head_dim: int,
-    head_dim_v: int,
-    mask: str,
-    softcap: bool,
-    lse: bool,
-    packed_q: bool,
-    packed_k: bool,
-    seqused_q: bool,
-    seqused_k: bool,
-    tma_strides: bool,
-    device: torch.device,
-) -> Callable:
-    """The launcher for a problem on this device."""
-    _check_device(device)
-    features = (mask, softcap, lse, packed_q, packed_k, seqused_q, seqused_k, tma_strides)
-    key = (dtype, head_dim, head_dim_v, *features, device)
-    launcher = _launchers.get(key)
-    if launcher is None:
-        problem = AttentionProblem(checks.DTYPE_NAMES[dtype], head_dim, head_dim_v, *features)
-        if device.type == "cpu":
-            return _cpu_load(problem)
-        from flash_attn_sm120.compile import load
-
-        launcher = _launchers[key] = load(problem, _target(device.index))
-    return launcher
-
-
-def _check_device(device: torch.device) -> None:
-    """The last check, so that a wrong call is told so on a machine without a GPU too."""
-    if device.type == "cuda":
-        _target(device.index)
-    elif device.type != "cpu" or _cpu_load is None:
-        hint = f"{device} (flash_attn_sm120.simulator.simulate runs the kernels on a CPU, to test them)"
-        checks.refuse("q", "a tensor on a CUDA device", hint)
-
-
-def _target(index: int) -> str:
-    target = _targets.get(index)
-    if target is None:
-        with _lock:
-            if index not in _targets:
-                _targets[index] = checks.target_of(torch.cuda.get_device_capability(index))
-            target = _targets[index]
-    return target
-
-
-def _has_whole_strides(tensor: torch.Tensor) -> bool:
-    """Strides of whole 16 bytes, rows less than 2 GB apart: what a kernel can follow."""
-    strides = tensor.stride()
-    return not any(stride % 8 for stride in strides[:-1]) and strides[-3] < MAX_ROW_STRIDE
-
-
-def _has_tma_strides(tensor: torch.Tensor) -> bool:
-    """Whether a tensor map can hold the strides: those of a repeated dimension it can't."""
-    return all(stride > 0 or size == 1 for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
-
-
-def _aligned(tensor: torch.Tensor) -> torch.Tensor:
-    """The tensor itself where the kernel can read it, else a copy."""
-    if tensor.data_ptr() % 16 == 0:
-        if _has_whole_strides(tensor):
-            return tensor
-        # The stride of a dimension of size 1 is never followed, but the launcher looks at it all the same.
-        places = zip(tensor.shape[:-1], tensor.stride()[:-1], strict=True)
-        view = tensor.as_strided(tensor.shape, (*(8 if size == 1 else stride for size, stride in places), 1))
-        if _has_whole_strides(view):
-            return view
-    return tensor.clone(memory_format=torch.contiguous_format)
-
-
-def _target_for(
-    out: torch.Tensor, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, call: _Call, packed: bool
-) -> torch.Tensor:
-    """out itself, or a temporary where the kernel can't write it directly or would overwrite what it still reads."""
-    *reaches, reach = call.reaches
-    first = out.data_ptr()
-    apart = all(
-        tensor.data_ptr() >= first + reach or first >= tensor.data_ptr() + own
-        for tensor, own in zip((q, k, v), reaches, strict=True)
-    )
-    if apart and call.writable and first % 16 == 0:
-        return out.detach() if out.requires_grad else out
-    if packed:  # rows that no sequence names keep what they hold
-        return out.detach().clone(memory_format=torch.contiguous_format)
-    return torch.empty(out.shape, dtype=out.dtype, device=out.device)
-
-
-def _reach(tensor: torch.Tensor) -> int:
-    """Bytes from the tensor's address to the end of its last element."""
-    if tensor.numel() == 0:
-        return 0
-    reach = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
-    return (reach + 1) * tensor.element_size()
-
-
-@contextmanager
-def launches_on_cpu(load: Callable[[AttentionProblem], Callable]) -> Iterator[None]:
-    """While open, CPU tensors are accepted and go to `load(problem)`, which takes a launcher's arguments. For tests."""
-    global _cpu_load
-    before, _cpu_load = _cpu_load, load
-    _calls.clear()
-    try:
-        yield
-    finally:
-        _cpu_load = before
-        _calls.clear()

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 import pytest
 import torch
 
-from flash_attn_sm120 import interface
 from flash_attn_sm120.arguments import Arguments, Lengths
+from flash_attn_sm120.launchers import launches_on_cpu
 
 
 @dataclass(frozen=True)
@@ -71,5 +71,5 @@ class Recorder:
 @pytest.fixture
 def recorder():
     recorder = Recorder()
-    with interface.launches_on_cpu(recorder.load):
+    with launches_on_cpu(recorder.load):
         yield recorder

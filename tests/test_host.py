@@ -5,7 +5,8 @@ import torch
 from oracle import marks, rand
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from flash_attn_sm120 import flash_attn_func, flash_attn_varlen_func, interface
+from flash_attn_sm120 import flash_attn_func, flash_attn_varlen_func
+from flash_attn_sm120.launchers import launches_on_cpu
 
 
 class Operations(TorchDispatchMode):
@@ -22,7 +23,7 @@ class Operations(TorchDispatchMode):
 
 @pytest.fixture
 def no_kernel():
-    with interface.launches_on_cpu(lambda problem: lambda *arguments: None):
+    with launches_on_cpu(lambda problem: lambda *arguments: None):
         yield
 
 

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from flash_attn_sm120 import compile, dispatch, interface, matrix
+from flash_attn_sm120 import calls, compile, dispatch, launchers, matrix
 from flash_attn_sm120.simulator import attention
 
 
@@ -25,7 +25,7 @@ def test_config(config, device):
 def plain_kernel_only(monkeypatch):
     """No problem goes through TMA; what was compiled before is set aside."""
     monkeypatch.setattr(dispatch, "can_implement", lambda kernel, problem, arch: kernel == "forward")
-    for module, name in ((interface, "_calls"), (interface, "_launchers"), (compile, "_loaded")):
+    for module, name in ((calls, "known"), (launchers, "_launchers"), (compile, "_loaded")):
         monkeypatch.setattr(module, name, {})
     monkeypatch.setattr(attention, "artifact", attention.artifact.__wrapped__)
 

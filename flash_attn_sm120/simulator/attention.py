@@ -60,7 +60,7 @@ def simulate(
     Raises ValueError for another arch, SimulationError where the checker finds a fault, UnsupportedInstruction for PTX
     that the interpreter doesn't know.
     """
-    from flash_attn_sm120.interface import launches_on_cpu
+    from flash_attn_sm120.launchers import launches_on_cpu
 
     with simulation(arch, edit, batch_warps) as current, launches_on_cpu(functools.partial(load, arch=arch)):
         yield current
