@@ -40,6 +40,7 @@ class Numbers(NamedTuple):
     attention_chunk: Any = 0
     cp_world_size: Any = 1
     cp_rank: Any = 0
+    max_seqlen_q: Any = 0  # of any sequence, for the decode kernel's grid
 
 
 class Arguments(NamedTuple):
@@ -53,3 +54,15 @@ class Arguments(NamedTuple):
     lengths: Lengths = Lengths()
     modifiers: Modifiers = Modifiers()
     numbers: Numbers = Numbers()
+
+
+class CombineArguments(NamedTuple):
+    """What the combine kernel's launcher takes. out and lse in the order of the forward's, whose parts these are."""
+
+    out_partial: Any  # (num_splits, batch, seqlen_q, heads, head_dim_v) or (num_splits, total_q, heads, head_dim_v)
+    lse_partial: Any  # (num_splits, batch, heads, seqlen_q) or (num_splits, heads, total_q), any strides
+    out: Any  # (batch, seqlen_q, heads, head_dim_v) or (total_q, heads, head_dim_v)
+    lse: Any = None  # (batch, heads, seqlen_q) or (heads, total_q)
+    cu_seqlens: Any = None  # (batch + 1,) int32
+    seqused: Any = None  # (batch,) int32
+    learnable_sink: Any = None  # (heads,) bfloat16 or float32

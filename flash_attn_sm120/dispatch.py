@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from flash_attn_sm120.problem import MASKS, AttentionProblem, padded
+from flash_attn_sm120.problem import MASKS, AttentionProblem, CombineProblem, padded
 
 ELEMENT_BYTES = 2
 BARRIER_BYTES = 64  # mbarriers, behind the note
@@ -83,13 +83,52 @@ def smem_bytes(problem: AttentionProblem, row: TileRow) -> int:
     return ELEMENT_BYTES * max(inputs, row.tile_m * dv) + TILE_NOTE_BYTES + BARRIER_BYTES
 
 
+# Attributes of a problem that a kernel has no code for; a kernel that isn't named has none at all. Code that lands for
+# an attribute takes it from here.
+SERVING = ("paged", "kv_dtype", "k_descale", "v_descale", "sink", "alibi", "chunked", "context_parallel")
+EXCLUDED = {
+    "forward": (*SERVING, "decode", "split"),
+    "forward_tma": ("varlen", *SERVING, "decode", "split"),
+}
+# What callers call them, where it isn't the same.
+ARGUMENTS = {
+    "paged": "page_table",
+    "kv_dtype": "k",
+    "sink": "learnable_sink",
+    "alibi": "alibi_slopes",
+    "chunked": "attention_chunk",
+    "context_parallel": "cp_world_size",
+    "decode": "num_splits",
+    "split": "num_splits",
+}
+DECODE_ROWS = 16  # query tokens of a sequence up to which the decode kernel is faster
+
+
+def use_decode(max_seqlen_q: int | None, num_splits: int) -> bool:
+    """Whether a call is the decode kernel's: few rows a sequence, or splits asked for.
+
+    max_seqlen_q: None where a packed call doesn't say it. num_splits: 0 to choose."""
+    return num_splits > 1 or (max_seqlen_q is not None and max_seqlen_q <= DECODE_ROWS)
+
+
+def missing(problem: AttentionProblem | CombineProblem) -> list[str]:
+    """The arguments of a call that its kernel has no code for, by their public names; empty where it is offered."""
+    if isinstance(problem, CombineProblem):
+        return [] if "combine" in EXCLUDED else ["flash_attn_combine"]
+    kernel = "decode" if problem.decode else "forward"
+    attributes = [name for name in EXCLUDED.get(kernel, ("decode",)) if getattr(problem, name)]
+    return list(dict.fromkeys(ARGUMENTS.get(name, name) for name in attributes))
+
+
 def can_implement(kernel: str, problem: AttentionProblem, arch: str) -> bool:
     """Whether the kernel gives right results for the problem on a target such as "sm_120a"."""
-    if kernel == "forward":
-        return True
+    if kernel not in EXCLUDED or any(getattr(problem, name) for name in EXCLUDED[kernel]):
+        return False
+    if kernel != "forward_tma":
+        return problem.decode == (kernel == "decode")
     major = int("".join(filter(str.isdigit, arch))) // 10
     whole_boxes = problem.head_dim % 32 == 0 and problem.head_dim_v % 32 == 0
-    return major >= 9 and not problem.varlen and problem.tma_strides and whole_boxes
+    return major >= 9 and problem.tma_strides and whole_boxes
 
 
 def plan_for(kernel: str, problem: AttentionProblem) -> Plan:
@@ -103,8 +142,12 @@ def plan_for(kernel: str, problem: AttentionProblem) -> Plan:
 
 def choose(problem: AttentionProblem, arch: str = "sm_120a") -> Plan:
     """The plan for a problem: TMA where it may be used, as it measured faster for every head_dim; tiles are SM120's
-    whatever the target."""
-    kernel = "forward_tma" if can_implement("forward_tma", problem, arch) else "forward"
+    whatever the target. Raises NotImplementedError for what no kernel does."""
+    kernels = ("forward_tma", "forward", "decode")
+    kernel = next((name for name in kernels if can_implement(name, problem, arch)), None)
+    if kernel is None:
+        names = ", ".join(missing(problem))
+        raise NotImplementedError(f"{names}: expected None (no kernel offers it yet), got a value")
     return plan_for(kernel, problem)
 
 
