@@ -40,7 +40,6 @@ class Numbers(NamedTuple):
     attention_chunk: Any = 0
     cp_world_size: Any = 1
     cp_rank: Any = 0
-    max_seqlen_q: Any = 0  # of any sequence, for the decode kernel's grid
 
 
 class Arguments(NamedTuple):
@@ -54,6 +53,14 @@ class Arguments(NamedTuple):
     lengths: Lengths = Lengths()
     modifiers: Modifiers = Modifiers()
     numbers: Numbers = Numbers()
+
+
+class Partials(NamedTuple):
+    """What the blocks of a split decode leave for its combination, uninitialised. A launcher of a decode problem takes
+    it after Arguments, None where the problem isn't split."""
+
+    out: Any  # (num_splits, *q.shape[:-1], head_dim_v) float32
+    lse: Any  # (num_splits, *shape of lse) float32
 
 
 class CombineArguments(NamedTuple):

@@ -11,7 +11,7 @@ import cutlass
 from cutlass import Float32, Int32, cute
 from cutlass.cute.runtime import make_fake_stream, make_fake_tensor
 
-from flash_attn_sm120.arguments import Arguments, CombineArguments, Lengths, Modifiers, Numbers
+from flash_attn_sm120.arguments import Arguments, CombineArguments, Lengths, Modifiers, Numbers, Partials
 from flash_attn_sm120.dispatch import Plan, choose
 from flash_attn_sm120.kernels.forward import FlashAttentionForwardSm120
 from flash_attn_sm120.kernels.forward_tma import FlashAttentionForwardSm120Tma
@@ -33,8 +33,8 @@ _lock = threading.Lock()
 def load(problem: AttentionProblem | CombineProblem, arch: str) -> Callable:
     """The launcher for a problem on a target such as "sm_120a"; compiled on first use, by one thread at a time.
 
-    Call it as fn(*arguments.Arguments(...)), for a CombineProblem with CombineArguments; plain tuples serve as groups.
-    It launches on PyTorch's current stream.
+    Call it as fn(*arguments.Arguments(...)), and Partials or None for a decode problem, or CombineArguments for a
+    CombineProblem; plain tuples serve as groups. It launches on PyTorch's current stream.
     """
     key = (problem, arch)
     launcher = _loaded.get(key)
@@ -66,8 +66,6 @@ def _signature(problem: AttentionProblem) -> tuple:
     q, out = _matrix(dtype, rank_q), _matrix(dtype, rank_q)
     k, v = (_matrix(DTYPES[problem.kv_dtype or problem.dtype], 3 if problem.packed_k else 4) for _ in range(2))
     lse = _rows(Float32, rank_q - 1) if problem.lse else None
-    if problem.split:
-        out, lse = _matrix(Float32, rank_q + 1), _rows(Float32, rank_q)
     lengths = Lengths(
         cu_seqlens_q=_rows(Int32, 1) if problem.packed_q else None,
         cu_seqlens_k=_rows(Int32, 1) if problem.packed_k else None,
@@ -83,7 +81,10 @@ def _signature(problem: AttentionProblem) -> tuple:
         v_descale=_strided(Float32, 2) if problem.v_descale else None,
     )
     numbers = Numbers(Float32(0), Float32(0), *[Int32(0)] * (len(Numbers._fields) - 2))
-    return tuple(Arguments(q, k, v, out, lse, lengths, modifiers, numbers))
+    arguments = tuple(Arguments(q, k, v, out, lse, lengths, modifiers, numbers))
+    if not problem.decode:
+        return arguments
+    return (*arguments, Partials(_matrix(Float32, rank_q + 1), _rows(Float32, rank_q)) if problem.split else None)
 
 
 def _combine_signature(problem: CombineProblem) -> tuple:

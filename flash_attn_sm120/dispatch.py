@@ -90,16 +90,20 @@ EXCLUDED = {
     "forward": (*SERVING, "decode", "split"),
     "forward_tma": ("varlen", *SERVING, "decode", "split"),
 }
-# What callers call them, where it isn't the same.
+# What callers call them, and the value that doesn't ask for them.
 ARGUMENTS = {
-    "paged": "page_table",
-    "kv_dtype": "k",
-    "sink": "learnable_sink",
-    "alibi": "alibi_slopes",
-    "chunked": "attention_chunk",
-    "context_parallel": "cp_world_size",
-    "decode": "num_splits",
-    "split": "num_splits",
+    "paged": ("page_table", "None"),
+    "kv_dtype": ("k", "q's dtype"),
+    "k_descale": ("k_descale", "None or a number"),
+    "v_descale": ("v_descale", "None or 1"),
+    "sink": ("learnable_sink", "None"),
+    "alibi": ("alibi_slopes", "None"),
+    "chunked": ("attention_chunk", "0"),
+    "context_parallel": ("cp_world_size", "1, or no mask, slopes and chunks"),
+    "decode": ("num_splits", "0 or 1"),
+    "split": ("num_splits", "0 or 1"),
+    "seqused": ("seqused", "None"),
+    "combine": ("flash_attn_combine", "no call"),
 }
 DECODE_ROWS = 16  # query tokens of a sequence up to which the decode kernel is faster
 
@@ -111,13 +115,14 @@ def use_decode(max_seqlen_q: int | None, num_splits: int) -> bool:
     return num_splits > 1 or (max_seqlen_q is not None and max_seqlen_q <= DECODE_ROWS)
 
 
-def missing(problem: AttentionProblem | CombineProblem) -> list[str]:
-    """The arguments of a call that its kernel has no code for, by their public names; empty where it is offered."""
-    if isinstance(problem, CombineProblem):
-        return [] if "combine" in EXCLUDED else ["flash_attn_combine"]
-    kernel = "decode" if problem.decode else "forward"
-    attributes = [name for name in EXCLUDED.get(kernel, ("decode",)) if getattr(problem, name)]
-    return list(dict.fromkeys(ARGUMENTS.get(name, name) for name in attributes))
+def missing(problem: AttentionProblem | CombineProblem) -> str:
+    """What its kernel has no code for in a problem, as `argument: expected ..., got ...`; "" where it is offered."""
+    kernel = "combine" if isinstance(problem, CombineProblem) else ("forward", "decode")[problem.decode]
+    for attribute in EXCLUDED.get(kernel, (kernel,)):
+        if attribute == kernel or getattr(problem, attribute):
+            argument, neutral = ARGUMENTS[attribute]
+            return f"{argument}: expected {neutral}, got what no kernel offers yet"
+    return ""
 
 
 def can_implement(kernel: str, problem: AttentionProblem, arch: str) -> bool:
@@ -146,8 +151,7 @@ def choose(problem: AttentionProblem, arch: str = "sm_120a") -> Plan:
     kernels = ("forward_tma", "forward", "decode")
     kernel = next((name for name in kernels if can_implement(name, problem, arch)), None)
     if kernel is None:
-        names = ", ".join(missing(problem))
-        raise NotImplementedError(f"{names}: expected None (no kernel offers it yet), got a value")
+        raise NotImplementedError(missing(problem))
     return plan_for(kernel, problem)
 
 

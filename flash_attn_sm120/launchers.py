@@ -9,17 +9,19 @@ from contextlib import contextmanager
 import torch
 
 from flash_attn_sm120 import calls, checks
-from flash_attn_sm120.problem import AttentionProblem
+from flash_attn_sm120.problem import AttentionProblem, CombineProblem
 
-_launchers: dict[tuple[AttentionProblem, torch.device], Callable] = {}
+Problem = AttentionProblem | CombineProblem
+
+_launchers: dict[tuple[Problem, torch.device], Callable] = {}
 _targets: dict[int, str] = {}
 _lock = threading.Lock()
-_cpu_load: Callable[[AttentionProblem], Callable] | None = None
+_cpu_load: Callable[[Problem], Callable] | None = None
 
 
-def load(problem: AttentionProblem, device: torch.device) -> Callable:
-    """The launcher for a problem on this device."""
-    check_device(device)
+def load(problem: Problem, device: torch.device, name: str = "q") -> Callable:
+    """The launcher for a problem on this device, which is that of argument `name`."""
+    check_device(device, name)
     if device.type == "cpu":
         return _cpu_load(problem)
     launcher = _launchers.get((problem, device))
@@ -30,13 +32,13 @@ def load(problem: AttentionProblem, device: torch.device) -> Callable:
     return launcher
 
 
-def check_device(device: torch.device) -> None:
+def check_device(device: torch.device, name: str = "q") -> None:
     """The last check, so that a wrong call is told so on a machine without a GPU too."""
     if device.type == "cuda":
         target(device.index)
     elif device.type != "cpu" or _cpu_load is None:
         hint = f"{device} (flash_attn_sm120.simulator.simulate runs the kernels on a CPU, to test them)"
-        checks.refuse("q", "a tensor on a CUDA device", hint)
+        checks.refuse(name, "a tensor on a CUDA device", hint)
 
 
 def target(index: int) -> str:
@@ -50,8 +52,13 @@ def target(index: int) -> str:
     return found
 
 
+def sm_count(device: torch.device) -> int:
+    """Streaming multiprocessors of a GPU; on a CPU, those of the largest SM120."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 188
+
+
 @contextmanager
-def launches_on_cpu(load: Callable[[AttentionProblem], Callable]) -> Iterator[None]:
+def launches_on_cpu(load: Callable[[Problem], Callable]) -> Iterator[None]:
     """While open, CPU tensors are accepted and go to `load(problem)`, which takes a launcher's arguments. For tests."""
     global _cpu_load
     before, _cpu_load = _cpu_load, load

@@ -40,9 +40,7 @@ class AttentionProblem:
     chunked: attention_chunk at run time: a row sees only the columns of its own chunk of positions.
     context_parallel: k and v hold every cp_world_size-th token, from cp_rank on, of cp_tot_seqused_k.
     decode: few rows a sequence; the query heads of one KV head are rows of one tile.
-    split: the decode kernel writes float32 partial results of a part of the keys each, for the combine kernel: out
-        (num_splits, *q.shape[:-1], head_dim_v), lse (num_splits, ...) before the dimensions that it has otherwise. The
-        sink is the combine kernel's.
+    split: blocks of the decode kernel take a part of the keys each; a second kernel combines their float32 results.
     """
 
     dtype: str
@@ -82,8 +80,8 @@ class AttentionProblem:
             value = getattr(self, name)
             if value % 8 or not 8 <= value <= MAX_HEAD_DIM:
                 raise ValueError(f"{name}: expected a multiple of 8 from 8 to {MAX_HEAD_DIM}, got {value}")
-        if self.split and not (self.decode and self.lse and not self.sink):
-            raise ValueError("split: expected with decode and lse and without sink, got others")
+        if self.split and not self.decode:
+            raise ValueError("split: expected False where decode is, got True")
 
     @property
     def paged(self) -> bool:

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import torch
 
-MAX_ROW_STRIDE = 2**30  # elements; the kernels count the bytes from row to row in 31 bits
+from flash_attn_sm120.checks import describe, refuse
+
+MAX_ROW_BYTES = 2**31  # the kernels count the bytes from row to row in 31 bits
 
 
 def has_whole_strides(tensor: torch.Tensor) -> bool:
     """Strides of whole 16 bytes, rows less than 2 GB apart: what a kernel can follow."""
-    strides = tensor.stride()
-    return not any(stride % 8 for stride in strides[:-1]) and strides[-3] < MAX_ROW_STRIDE
+    strides, size = tensor.stride(), tensor.element_size()
+    return not any(stride * size % 16 for stride in strides[:-1]) and strides[-3] * size < MAX_ROW_BYTES
 
 
 def has_tma_strides(tensor: torch.Tensor) -> bool:
@@ -20,15 +22,28 @@ def has_tma_strides(tensor: torch.Tensor) -> bool:
 
 def aligned(tensor: torch.Tensor) -> torch.Tensor:
     """The tensor itself where the kernel can read it, else a copy."""
-    if tensor.data_ptr() % 16 == 0:
-        if has_whole_strides(tensor):
-            return tensor
-        # The stride of a dimension of size 1 is never followed, but the launcher looks at it all the same.
-        places = zip(tensor.shape[:-1], tensor.stride()[:-1], strict=True)
-        view = tensor.as_strided(tensor.shape, (*(8 if size == 1 else stride for size, stride in places), 1))
-        if has_whole_strides(view):
-            return view
-    return tensor.clone(memory_format=torch.contiguous_format)
+    view = _readable(tensor)
+    return tensor.clone(memory_format=torch.contiguous_format) if view is None else view
+
+
+def aligned_pool(name: str, pool: torch.Tensor) -> torch.Tensor:
+    """As aligned, but a pool is too large to copy."""
+    view = _readable(pool)
+    if view is None:
+        expected = "a pool whose address and strides are multiples of 16 bytes, as it is never copied"
+        refuse(name, expected, f"address {pool.data_ptr():#x}, strides {pool.stride()} of {describe(pool)}")
+    return view
+
+
+def _readable(tensor: torch.Tensor) -> torch.Tensor | None:
+    if tensor.data_ptr() % 16:
+        return None
+    if has_whole_strides(tensor):
+        return tensor
+    # The stride of a dimension of size 1 is never followed, but the launcher looks at it all the same.
+    places = zip(tensor.shape[:-1], tensor.stride()[:-1], strict=True)
+    view = tensor.as_strided(tensor.shape, (*(16 if size == 1 else stride for size, stride in places), 1))
+    return view if has_whole_strides(view) else None
 
 
 def reach(tensor: torch.Tensor) -> int:

@@ -6,8 +6,10 @@ from dataclasses import dataclass
 import pytest
 import torch
 
-from flash_attn_sm120.arguments import Arguments, Lengths
+from flash_attn_sm120 import calls, dispatch
+from flash_attn_sm120.arguments import Arguments, CombineArguments, Lengths, Modifiers, Partials
 from flash_attn_sm120.launchers import launches_on_cpu
+from flash_attn_sm120.problem import CombineProblem
 
 
 @dataclass(frozen=True)
@@ -49,21 +51,27 @@ def seed(request):
 
 
 class Recorder:
-    """Stands in for the kernels: keeps what the interface would launch, and writes ones."""
+    """Stands in for the kernels: keeps what the interface would launch, and writes ones.
+
+    calls: Arguments or CombineArguments; partials: of each call of the decode kernel."""
 
     def __init__(self):
-        self.problems, self.calls = [], []
+        self.problems, self.calls, self.partials = [], [], []
 
     def load(self, problem):
         self.problems.append(problem)
 
         def launch(*arguments):
-            named = Arguments(*arguments)
-            self.calls.append(named._replace(lengths=Lengths(*named.lengths)))
-            out, lse = arguments[3:5]
-            out.fill_(1.0)
-            if lse is not None:
-                lse.fill_(2.0)
+            if isinstance(problem, CombineProblem):
+                named = CombineArguments(*arguments)
+            else:
+                named = Arguments(*arguments[:8])
+                named = named._replace(lengths=Lengths(*named.lengths), modifiers=Modifiers(*named.modifiers))
+                self.partials += [partials and Partials(*partials) for partials in arguments[8:]]
+            self.calls.append(named)
+            named.out.fill_(1.0)
+            if named.lse is not None:
+                named.lse.fill_(2.0)
 
         return launch
 
@@ -73,3 +81,13 @@ def recorder():
     recorder = Recorder()
     with launches_on_cpu(recorder.load):
         yield recorder
+
+
+@pytest.fixture
+def all_offered(monkeypatch):
+    """Every feature has a kernel, as far as the dispatcher knows."""
+    for kernel, excluded in {"forward": ("decode", "split"), "decode": (), "combine": ()}.items():
+        monkeypatch.setitem(dispatch.EXCLUDED, kernel, excluded)
+    monkeypatch.setitem(dispatch.TILES, "decode", dispatch.TILES.get("decode", dispatch.FORWARD_TILES))
+    monkeypatch.setitem(dispatch.LOADING_WARPS, "decode", 0)
+    monkeypatch.setattr(calls, "known", {})

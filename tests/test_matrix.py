@@ -25,6 +25,7 @@ def test_config(config, device):
 def plain_kernel_only(monkeypatch):
     """No problem goes through TMA; what was compiled before is set aside."""
     monkeypatch.setattr(dispatch, "can_implement", lambda kernel, problem, arch: kernel == "forward")
+    monkeypatch.setattr(dispatch, "use_decode", lambda *_: False)
     for module, name in ((calls, "known"), (launchers, "_launchers"), (compile, "_loaded")):
         monkeypatch.setattr(module, name, {})
     monkeypatch.setattr(attention, "artifact", attention.artifact.__wrapped__)
