@@ -108,6 +108,7 @@ def _prepare(
     """Every check that needs no address and no contents; finds the launcher."""
     checks.check_flag("return_lse", return_lse)
     _check_partials(out_partial, lse_partial)
+    checks.check_forward_only({"out_partial": out_partial, "lse_partial": lse_partial})
     shape = tuple(out_partial.shape[1:])
     packed = len(shape) == 3
     checks.check_combined_lengths(out_partial, cu_seqlens, seqused)
