@@ -56,11 +56,12 @@ class Arguments(NamedTuple):
 
 
 class Partials(NamedTuple):
-    """What the blocks of a split decode leave for its combination, uninitialised. A launcher of a decode problem takes
-    it after Arguments, None where the problem isn't split."""
+    """What the blocks of a split decode tell one another. A launcher of a decode problem takes it after Arguments, None
+    where the problem isn't split. out and lse hold anything, tickets zeros, before a launch and after."""
 
     out: Any  # (num_splits, *q.shape[:-1], head_dim_v) float32
     lse: Any  # (num_splits, *shape of lse) float32
+    tickets: Any  # (at least splits.tickets(...),) int32
 
 
 class CombineArguments(NamedTuple):

@@ -56,6 +56,7 @@ class Call(NamedTuple):
     context_parallel: bool = False
     num_splits: int = 0  # 1 or more for a decode launcher
     lse_rows: tuple[int, ...] = ()  # shape that lse has, asked for or not
+    tickets: int = 0  # of a split launch
 
 
 known: dict[tuple, Any] = {}

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from flash_attn_sm120.checks import FLOAT32, UNBOUNDED, describe, refuse
-from flash_attn_sm120.splits import MAX_SPLITS
+from flash_attn_sm120.dispatch import MAX_SPLITS
 
 
 def one_of(name: str, value: Any, alias: str, other: Any) -> Any:

@@ -10,10 +10,10 @@ from typing import Any, NamedTuple
 import torch
 
 from flash_attn_sm120 import calls, checks, checks_serving, launchers
+from flash_attn_sm120.dispatch import MAX_SPLITS
 from flash_attn_sm120.interface import signature
 from flash_attn_sm120.prepare import refuse_missing
 from flash_attn_sm120.problem import MAX_HEAD_DIM, CombineProblem
-from flash_attn_sm120.splits import MAX_SPLITS
 from flash_attn_sm120.strides import aligned, has_whole_strides, reach, target_for
 
 OUT_DTYPES = {**checks.DTYPE_NAMES, torch.float32: "float32"}

@@ -84,7 +84,9 @@ def _signature(problem: AttentionProblem) -> tuple:
     arguments = tuple(Arguments(q, k, v, out, lse, lengths, modifiers, numbers))
     if not problem.decode:
         return arguments
-    return (*arguments, Partials(_matrix(Float32, rank_q + 1), _rows(Float32, rank_q)) if problem.split else None)
+    if not problem.split:
+        return (*arguments, None)
+    return (*arguments, Partials(_matrix(Float32, rank_q + 1), _rows(Float32, rank_q), _rows(Int32, 1)))
 
 
 def _combine_signature(problem: CombineProblem) -> tuple:

@@ -105,6 +105,7 @@ ARGUMENTS = {
     "seqused": ("seqused", "None"),
     "combine": ("flash_attn_combine", "no call"),
 }
+MAX_SPLITS = 128
 DECODE_ROWS = 16  # query tokens of a sequence up to which the decode kernel is faster
 
 

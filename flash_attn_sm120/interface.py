@@ -18,6 +18,7 @@ from flash_attn_sm120.dispatch import use_decode
 from flash_attn_sm120.prepare import check_values, prepare
 from flash_attn_sm120.scheduling import SchedulerMetadata, splits_of
 from flash_attn_sm120.strides import aligned, aligned_pool, target_for
+from flash_attn_sm120.workspace import partials
 
 NO_TENSORS = (None,) * len(Tensors._fields)
 NO_MODIFIERS = Modifiers()
@@ -275,11 +276,8 @@ def _launch(
     if not call.num_splits:
         call.launcher(q, k, v, out, lse, lengths, modifiers, call.numbers)
         return
-    partials = None
-    if call.num_splits > 1:
-        out_partial = q.new_empty((call.num_splits, *call.out_shape), dtype=torch.float32)
-        partials = (out_partial, q.new_empty((call.num_splits, *call.lse_rows), dtype=torch.float32))
-    call.launcher(q, k, v, out, lse, lengths, modifiers, call.numbers, partials)
+    shared = partials(q, call) if call.num_splits > 1 else None
+    call.launcher(q, k, v, out, lse, lengths, modifiers, call.numbers, shared)
 
 
 def signature(tensor: torch.Tensor | float | None) -> Any:

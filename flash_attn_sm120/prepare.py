@@ -7,12 +7,11 @@ from dataclasses import replace
 
 import torch
 
-from flash_attn_sm120 import checks, checks_serving, dispatch, launchers
+from flash_attn_sm120 import checks, checks_serving, dispatch, launchers, splits
 from flash_attn_sm120.arguments import Numbers
 from flash_attn_sm120.calls import Call, Options, Tensors
 from flash_attn_sm120.modifiers import constant_way, nothing, way_of
 from flash_attn_sm120.problem import AttentionProblem, CombineProblem
-from flash_attn_sm120.splits import keys_in_sight, num_splits_for
 from flash_attn_sm120.strides import has_tma_strides, has_whole_strides, reach
 
 
@@ -50,6 +49,7 @@ def prepare(
         context_parallel=problem.context_parallel,
         num_splits=num_splits if problem.decode else 0,
         lse_rows=lse_shape,
+        tickets=_tickets(problem, q, heads_kv, batch),
     )
 
 
@@ -173,9 +173,7 @@ def _with_decode(
     if dispatch.missing(decode):
         return problem, 1
     if num_splits == 0 and not dispatch.missing(split):
-        keys = keys_in_sight(
-            _most_keys(k, tensors, options), rows, numbers.window_left, numbers.window_right, numbers.attention_chunk
-        )
+        keys = keys_in_sight(_most_keys(k, tensors, options), rows, numbers)
         num_splits = choose_splits(decode, batch, q.shape[-2], k.shape[-2], rows, keys, q.device)
     return (split, num_splits) if num_splits > 1 else (decode, 1)
 
@@ -184,9 +182,20 @@ def choose_splits(
     problem: AttentionProblem, batch: int, heads: int, heads_kv: int, rows: int, keys: int, device: torch.device
 ) -> int:
     """The number of parts for the decode kernel's problem, whose `rows` query tokens see `keys` keys at most."""
-    tile_m = dispatch.plan_for("decode", problem).tile_m
-    m_tiles = -(-rows * (heads // heads_kv) // tile_m)
-    return num_splits_for(launchers.sm_count(device), batch, heads_kv, m_tiles, keys)
+    plan = dispatch.plan_for("decode", problem)
+    return splits.num_splits(plan, launchers.sm_count(device), batch, heads_kv, rows * heads // heads_kv, keys)
+
+
+def keys_in_sight(keys: int, rows: int, numbers: Numbers) -> int:
+    """An upper bound of the keys that `rows` neighbouring rows see together."""
+    sight, chunk = min(keys, rows + numbers.window_left + numbers.window_right), numbers.attention_chunk
+    return min(sight, chunk * (-(-rows // chunk) + 1)) if chunk else sight
+
+
+def _tickets(problem: AttentionProblem, q: torch.Tensor, heads_kv: int, batch: int) -> int:
+    if not problem.split:
+        return 0
+    return splits.tickets(dispatch.plan_for("decode", problem), heads_kv, q.shape[-2], q.shape, batch)
 
 
 def refuse_missing(problem: AttentionProblem | CombineProblem) -> None:

@@ -40,7 +40,7 @@ class AttentionProblem:
     chunked: attention_chunk at run time: a row sees only the columns of its own chunk of positions.
     context_parallel: k and v hold every cp_world_size-th token, from cp_rank on, of cp_tot_seqused_k.
     decode: few rows a sequence; the query heads of one KV head are rows of one tile.
-    split: blocks of the decode kernel take a part of the keys each; a second kernel combines their float32 results.
+    split: blocks of the decode kernel take a part of the keys each, and their float32 results are combined.
     """
 
     dtype: str

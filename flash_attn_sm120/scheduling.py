@@ -8,9 +8,9 @@ from typing import Any
 import torch
 
 from flash_attn_sm120 import checks, checks_serving, dispatch
-from flash_attn_sm120.prepare import choose_splits
+from flash_attn_sm120.arguments import Numbers
+from flash_attn_sm120.prepare import choose_splits, keys_in_sight
 from flash_attn_sm120.problem import AttentionProblem
-from flash_attn_sm120.splits import keys_in_sight
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,8 +68,10 @@ def get_scheduler_metadata(
     problem = AttentionProblem("bfloat16", headdim, headdim_v or headdim, decode=True)
     if dispatch.missing(problem):
         return SchedulerMetadata(1)
-    _, *window = checks.check_mask(causal, window_size)
-    keys = keys_in_sight(max_seqlen_k, max_seqlen_q, *window, checks_serving.check_attention_chunk(attention_chunk))
+    _, left, right = checks.check_mask(causal, window_size)
+    chunk = checks_serving.check_attention_chunk(attention_chunk)
+    numbers = Numbers(window_left=left, window_right=right, attention_chunk=chunk)
+    keys = keys_in_sight(max_seqlen_k, max_seqlen_q, numbers)
     heads = (num_heads_q, num_heads_kv)
     return SchedulerMetadata(choose_splits(problem, batch_size, *heads, max_seqlen_q, keys, cache_seqlens.device))
 

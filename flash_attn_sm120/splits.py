@@ -1,21 +1,24 @@
-"""Into how many parts the keys of a decode call are cut, each the work of other thread blocks. Pure Python."""
+"""Into how many parts the keys of a decode call are cut at most, each the work of other thread blocks. Pure Python."""
 
 from __future__ import annotations
 
-MAX_SPLITS = 128
+from flash_attn_sm120.dispatch import MAX_SPLITS, Plan
+
 MIN_KEYS = 256  # of a part; below, combining costs more than it gains
 
 
-def num_splits_for(sm_count: int, batch: int, heads_kv: int, m_tiles: int, max_seqlen_k: int) -> int:
-    """How many parts fill the GPU. m_tiles: tiles of rows of a sequence and KV head; max_seqlen_k: keys to look at."""
-    whole_tiles = max(1, batch * heads_kv * m_tiles)
-    by_keys = -(-max_seqlen_k // MIN_KEYS)
-    return max(1, min(sm_count // whole_tiles, by_keys, MAX_SPLITS))
+def num_splits(plan: Plan, sms: int, batch: int, heads_kv: int, rows: int, max_seqlen_k: int) -> int:
+    """The size of the first dimension of the partials, as many as fill the GPU; 1: whole.
+
+    rows: of a sequence and KV head, max_seqlen_q * heads // heads_kv. max_seqlen_k: an upper bound.
+    """
+    blocks = max(1, batch * heads_kv * -(-rows // plan.tile_m))
+    return max(1, min(sms * plan.blocks_per_sm // blocks, -(-max_seqlen_k // MIN_KEYS), MAX_SPLITS))
 
 
-def keys_in_sight(max_seqlen_k: int, rows: int, window_left: int, window_right: int, attention_chunk: int) -> int:
-    """An upper bound of the keys that `rows` neighbouring rows see together. attention_chunk: 0 without."""
-    sight = min(max_seqlen_k, rows + window_left + window_right)
-    if attention_chunk:
-        sight = min(sight, attention_chunk * (-(-rows // attention_chunk) + 1))
-    return sight
+def tickets(plan: Plan, heads_kv: int, heads: int, q_shape: tuple[int, ...], batch: int) -> int:
+    """How many tickets a launch counts with. q_shape: (batch, seqlen_q, heads, d) or (total_q, heads, d)."""
+    heads_per_kv = heads // heads_kv
+    if len(q_shape) == 3:
+        return (q_shape[0] * heads_per_kv // plan.tile_m + batch) * heads_kv
+    return batch * -(-q_shape[1] * heads_per_kv // plan.tile_m) * heads_kv

@@ -14,7 +14,7 @@ from flash_attn_sm120 import (
     flash_attn_func,
     flash_attn_varlen_func,
     get_scheduler_metadata,
-    prepare,
+    splits,
 )
 from flash_attn_sm120.arguments import Numbers
 from flash_attn_sm120.checks import UNBOUNDED
@@ -194,6 +194,7 @@ def test_splits_as_asked(rows, lse, recorder):
     (partials,) = recorder.partials
     assert partials.out.shape == (5, 2 * rows, 4, 64) and partials.lse.shape == (5, 4, 2 * rows)
     assert partials.out.dtype == partials.lse.dtype == torch.float32
+    assert partials.tickets.dtype == torch.int32 and partials.tickets.numel() >= 4 and (partials.tickets == 0).all()
     assert recorder.calls[0].out is (out[0] if lse else out)
     flash_attn_func(*make(seqlen_q=3, head_dim_v=32), num_splits=2, learnable_sink=torch.randn(4))
     assert recorder.partials[1].out.shape == (2, 2, 3, 4, 32) and recorder.partials[1].lse.shape == (2, 2, 4, 3)
@@ -202,8 +203,7 @@ def test_splits_as_asked(rows, lse, recorder):
 
 def test_splits_are_chosen_from_sizes(recorder, monkeypatch):
     asked = []
-    monkeypatch.setattr(prepare, "num_splits_for", lambda *sizes: asked.append(sizes) or len(asked))
-    tile_m = dispatch.plan_for("decode", AttentionProblem("bfloat16", 64, 64, decode=True)).tile_m
+    monkeypatch.setattr(splits, "num_splits", lambda _, *sizes: asked.append(sizes) or len(asked))
     decode()
     decode(9)
     decode(window_size=(20, 0))
@@ -211,8 +211,8 @@ def test_splits_are_chosen_from_sizes(recorder, monkeypatch):
     flash_attn_func(*make(batch=1, seqlen_q=1, seqlen_k=700, heads=8))
     sms = asked[0][0]
     assert sms > 1 and asked == [
-        (sms, 2, 2, 1, 48), (sms, 2, 2, -(-18 // tile_m), 48), (sms, 2, 2, 1, 21),
-        (sms, 2, 2, 1, 16), (sms, 1, 2, 1, 700),
+        (sms, 2, 2, 2, 48), (sms, 2, 2, 18, 48), (sms, 2, 2, 2, 21),
+        (sms, 2, 2, 4, 16), (sms, 1, 2, 4, 700),
     ]  # fmt: skip
     assert [problem.split for problem in recorder.problems] == [False, True, True, True, True]
     assert [partials and partials.out.shape[0] for partials in recorder.partials] == [None, 2, 3, 4, 5]
@@ -237,7 +237,7 @@ def test_a_growing_length_is_seldom_a_new_call(recorder):
 
 
 def test_scheduler_metadata(recorder, monkeypatch):
-    monkeypatch.setattr(prepare, "num_splits_for", lambda *sizes: 3 if sizes[1:] == (2, 2, 1, 48) else 99)
+    monkeypatch.setattr(splits, "num_splits", lambda _, *sizes: 3 if sizes[1:] == (2, 2, 2, 48) else 99)
     given = {
         "batch_size": 2,
         "max_seqlen_k": 48,
@@ -320,15 +320,15 @@ def test_a_steady_call_does_no_work_on_tensors(recorder):
     cases = [
         (0, lambda: flash_attn_varlen_func(q, k, v, where, None, 1, 48, out=out, num_splits=1, **pages)),
         (0, lambda: flash_attn_varlen_func(q, k, v, where, None, 1, 48, out=out, num_splits=1, causal=True, **several)),
-        (2, lambda: flash_attn_varlen_func(q, k, v, where, None, 1, 48, out=out, num_splits=4, **several)),
-        (4, lambda: flash_attn_varlen_func(q, k, v, where, None, 1, 48, num_splits=4, return_lse=True, **pages)),
+        (3, lambda: flash_attn_varlen_func(q, k, v, where, None, 1, 48, out=out, num_splits=4, **several)),
+        (5, lambda: flash_attn_varlen_func(q, k, v, where, None, 1, 48, num_splits=4, return_lse=True, **pages)),
     ]
     for allocations, call in cases:
         call()
         with Operations() as operations:
             call()
         names = [name for name in operations.names if name != "fill_"]  # the recorder's
-        assert len(names) == allocations and all("empty" in name for name in names), names
+        assert len(names) == allocations and all("empty" in name or name == "zeros" for name in names), names
 
 
 def test_defaults_are_flash_attns(recorder):

@@ -96,7 +96,7 @@ def test_every_tensor_of_serving_arrives(kv_dtype, split, monkeypatch):
     if split is not None:
         rest = (None,)
     if split:
-        rest = (Partials(numbers(3, 2, 5, 4, 32), numbers(3, 2, 4, 5)),)
+        rest = (Partials(numbers(3, 2, 5, 4, 32), numbers(3, 2, 4, 5), numbers(8, dtype=torch.int32)),)
         given += rest[0]
     probe = Probe if split is None else DecodeProbe
     found = reported(monkeypatch, probe, problem, (*arguments, *rest), report)

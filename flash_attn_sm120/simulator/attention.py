@@ -30,6 +30,7 @@ class _Partials(NamedTuple):
 
     out_partial: Any
     lse_partial: Any
+    tickets: Any
 
 
 def load(problem: AttentionProblem | CombineProblem, arch: str | None = None) -> Callable[..., None]:
