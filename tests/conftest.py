@@ -4,6 +4,7 @@ import os
 from dataclasses import dataclass
 
 import pytest
+import stand_in
 import torch
 
 from flash_attn_sm120 import calls, dispatch
@@ -91,3 +92,10 @@ def all_offered(monkeypatch):
     monkeypatch.setitem(dispatch.TILES, "decode", dispatch.TILES.get("decode", dispatch.FORWARD_TILES))
     monkeypatch.setitem(dispatch.LOADING_WARPS, "decode", 0)
     monkeypatch.setattr(calls, "known", {})
+
+
+@pytest.fixture
+def reference_kernels(all_offered):
+    """Every problem is computed by the reference, on a CPU."""
+    with launches_on_cpu(stand_in.load):
+        yield
