@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 
 from flash_attn_sm120 import calls, checks, checks_serving, launchers
-from flash_attn_sm120.dispatch import MAX_SPLITS
+from flash_attn_sm120.dispatch import MAX_PARTS
 from flash_attn_sm120.interface import signature
 from flash_attn_sm120.prepare import refuse_missing
 from flash_attn_sm120.problem import MAX_HEAD_DIM, CombineProblem
@@ -159,8 +159,8 @@ def _check_partials(out_partial: Any, lse_partial: Any) -> None:
         expected = f"a tensor on {out_partial.device} as out_partial"
         checks.refuse("lse_partial", expected, checks.describe(lse_partial))
     num_splits, head_dim_v = out_partial.shape[0], out_partial.shape[-1]
-    if not 1 <= num_splits <= MAX_SPLITS:
-        checks.refuse("out_partial", f"from 1 to {MAX_SPLITS} parts", f"{num_splits} ({checks.describe(out_partial)})")
+    if not 1 <= num_splits <= MAX_PARTS:
+        checks.refuse("out_partial", f"from 1 to {MAX_PARTS} parts", f"{num_splits} ({checks.describe(out_partial)})")
     if head_dim_v % 8 or not 8 <= head_dim_v <= MAX_HEAD_DIM:
         expected = f"a head_dim_v that is a multiple of 8 from 8 to {MAX_HEAD_DIM}"
         checks.refuse("out_partial", expected, f"{head_dim_v} ({checks.describe(out_partial)})")

@@ -46,9 +46,9 @@ def load(problem: AttentionProblem | CombineProblem, arch: str) -> Callable:
     return launcher
 
 
-def build(problem: AttentionProblem | CombineProblem, plan: Plan, arch: str, keep: bool = False):
+def build(problem: AttentionProblem | CombineProblem, plan: Plan | None, arch: str, keep: bool = False):
     """Compiles for `arch`, with or without a GPU here. keep: the result carries __ptx__ and __cubin__."""
-    kernel = KERNELS[plan.kernel](problem, plan)
+    kernel = KERNELS["combine"](problem) if plan is None else KERNELS[plan.kernel](problem, plan)
     options = f"--enable-tvm-ffi --gpu-arch {arch}"
     with warnings.catch_warnings(), tempfile.TemporaryDirectory() as folder:
         # A group of arguments that is empty for a problem is no mistake.

@@ -11,6 +11,7 @@ from flash_attn_sm120.problem import MASKS, AttentionProblem, CombineProblem, pa
 
 ELEMENT_BYTES = 2
 BARRIER_BYTES = 64  # mbarriers, behind the note
+MAX_SPLITS = 64  # parts of a sequence in a decode
 TILE_NOTE_BYTES = 48  # what a thread block writes down instead of keeping it in registers, behind the tiles
 
 
@@ -105,7 +106,7 @@ ARGUMENTS = {
     "seqused": ("seqused", "None"),
     "combine": ("flash_attn_combine", "no call"),
 }
-MAX_SPLITS = 128
+MAX_PARTS = 128  # that a combination takes
 DECODE_ROWS = 16  # query tokens of a sequence up to which the decode kernel is faster
 
 
@@ -146,13 +147,15 @@ def plan_for(kernel: str, problem: AttentionProblem) -> Plan:
     return Plan(kernel, *tile, smem_bytes(problem, row), LOADING_WARPS[kernel])
 
 
-def choose(problem: AttentionProblem, arch: str = "sm_120a") -> Plan:
+def choose(problem: AttentionProblem | CombineProblem, arch: str = "sm_120a") -> Plan | None:
     """The plan for a problem: TMA where it may be used, as it measured faster for every head_dim; tiles are SM120's
-    whatever the target. Raises NotImplementedError for what no kernel does."""
-    kernels = ("forward_tma", "forward", "decode")
-    kernel = next((name for name in kernels if can_implement(name, problem, arch)), None)
-    if kernel is None:
-        raise NotImplementedError(missing(problem))
+    whatever the target. None for a combination, which has one way. Raises NotImplementedError for what no kernel does.
+    """
+    if text := missing(problem):
+        raise NotImplementedError(text)
+    if isinstance(problem, CombineProblem):
+        return None
+    kernel = next(name for name in ("forward_tma", "forward", "decode") if can_implement(name, problem, arch))
     return plan_for(kernel, problem)
 
 

@@ -80,7 +80,7 @@ def flash_attn_func(
     k_descale, v_descale: float32 (batch, heads_kv), (1,) or (), or a number; k and v are multiplied by it. More than 0.
     q_descale: None or 1.
     num_splits: how many parts the keys are cut into, which other thread blocks work on and a second kernel combines;
-        1: whole, up to 128; 0: chosen from sizes. More than one, or at most 16 rows, is the decode kernel's.
+        1: whole, up to 64; 0: chosen from sizes. More than one, or at most 16 rows, is the decode kernel's.
     scheduler_metadata: of get_scheduler_metadata; stands for num_splits where that is 0.
     cp_world_size, cp_rank, cp_tot_seqused_k: context parallel. k and v hold every cp_world_size-th key of a sequence,
         from key cp_rank on, of cp_tot_seqused_k, int32 (batch,); masks and slopes count positions over all ranks. The

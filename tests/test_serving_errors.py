@@ -95,8 +95,8 @@ WRONG = [
     ("slopes by sequence", packed, V, "alibi_slopes", ["(2, 4)", "(3, 4)"], {"alibi_slopes": t(3, 4, dtype=F32)}),
     ("slopes dtype", dense, T, "alibi_slopes", ["float32", "bfloat16"], {"alibi_slopes": t(4)}),
     ("slopes elsewhere", dense, V, "alibi_slopes", ["cpu", "meta"], {"alibi_slopes": t(4, dtype=F32, device="meta")}),
-    ("splits -1", dense, V, "num_splits", ["0 (choose) to 128", "-1"], {"num_splits": -1}),
-    ("splits 129", packed, V, "num_splits", ["128", "129"], {"num_splits": 129}),
+    ("splits -1", dense, V, "num_splits", ["0 (choose) to 64", "-1"], {"num_splits": -1}),
+    ("splits 65", packed, V, "num_splits", ["64", "65"], {"num_splits": 65}),
     ("splits text", packed, T, "num_splits", ["int", "str"], {"num_splits": "4"}),
     ("splits float", dense, T, "num_splits", ["int", "2.0"], {"num_splits": 2.0}),
     ("splits true", dense, T, "num_splits", ["int", "bool"], {"num_splits": True}),
@@ -150,7 +150,7 @@ WRONG = [
     ("new keys", planned, N, "cu_seqlens_k_new", ["neutral", "int32"], {"cu_seqlens_k_new": ints(0, 1)}),
     ("spare SMs", planned, N, "sm_margin", ["neutral", "8"], {"sm_margin": 8}),
     ("lengths list", planned, T, "cache_seqlens", ["tensor", "list"], {"cache_seqlens": [1]}),
-    ("planned splits", planned, V, "num_splits", ["128", "200"], {"num_splits": 200}),
+    ("planned splits", planned, V, "num_splits", ["64", "200"], {"num_splits": 200}),
 ]  # fmt: skip
 
 
