@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 from oracle import SPEED, assert_right, ints, marks, rand
 
 from flash_attn_sm120 import flash_attn_combine, flash_attn_func, flash_attn_varlen_func, reference
+from flash_attn_sm120.dispatch import DECODE_ROWS
 from flash_attn_sm120.matrix import LSE_SLACK, SLACK, largest_difference
 
 # A page size, a pair of head dims, a mask and each feature are compilations, so they are few.
@@ -112,7 +113,8 @@ def options_of(case: Case, device) -> dict:
 def queries(case: Case, device) -> tuple[torch.Tensor, dict]:
     """q and its lengths; rows that no sequence has are NaN."""
     lengths, longest = case.lengths_q, max(case.lengths_q)
-    rows = (sum(lengths) + case.spare,) if case.packed else (len(lengths), longest + case.spare)
+    room = longest + case.spare if longest > DECODE_ROWS else min(longest + case.spare, DECODE_ROWS)
+    rows = (sum(lengths) + case.spare,) if case.packed else (len(lengths), room)
     q = torch.full((*rows, case.heads, case.head_dims[0]), math.nan, dtype=case.dtype, device=device)
     start = 0
     for b, length in enumerate(lengths):
