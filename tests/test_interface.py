@@ -33,17 +33,17 @@ def test_defaults(recorder):
 
 
 def test_packed(recorder):
-    q, k, v = torch.randn(9, 4, 64).half(), torch.randn(11, 1, 64).half(), torch.randn(11, 1, 64).half()
-    cu_q, cu_k = (torch.tensor([0, 3, n], dtype=torch.int32) for n in (9, 11))
+    q, k, v = torch.randn(29, 4, 64).half(), torch.randn(11, 1, 64).half(), torch.randn(11, 1, 64).half()
+    cu_q, cu_k = (torch.tensor([0, 3, n], dtype=torch.int32) for n in (29, 11))
     used = torch.tensor([1, 2], dtype=torch.int32)
-    out, lse = flash_attn_varlen_func(q, k, v, cu_q, cu_k, 6, 8, seqused_k=used, softcap=3, return_lse=True)
+    out, lse = flash_attn_varlen_func(q, k, v, cu_q, cu_k, 26, 8, seqused_k=used, softcap=3, return_lse=True)
     features = {"softcap": True, "lse": True, "packed_q": True, "packed_k": True, "seqused_k": True}
     assert recorder.problems == [AttentionProblem("float16", 64, 64, **features)]
     (call,) = recorder.calls
     assert call.lse is lse and call.lengths.cu_seqlens_q is cu_q and call.lengths.cu_seqlens_k is cu_k
     assert call.lengths.seqused_q is None and call.lengths.seqused_k is used
     assert call.numbers.softcap == 3.0
-    assert out.shape == (9, 4, 64) and lse.shape == (4, 9) and lse.dtype == torch.float32
+    assert out.shape == (29, 4, 64) and lse.shape == (4, 29) and lse.dtype == torch.float32
 
 
 @pytest.mark.parametrize("packed_q", [False, True])
