@@ -5,13 +5,28 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from flash_attn_sm120.combine import flash_attn_combine
     from flash_attn_sm120.interface import flash_attn_func, flash_attn_varlen_func
     from flash_attn_sm120.problem import AttentionProblem
+    from flash_attn_sm120.scheduling import get_scheduler_metadata
 
 __version__ = "0.1.0"
-__all__ = ["AttentionProblem", "__version__", "flash_attn_func", "flash_attn_varlen_func"]
+__all__ = [
+    "AttentionProblem",
+    "__version__",
+    "flash_attn_combine",
+    "flash_attn_func",
+    "flash_attn_varlen_func",
+    "get_scheduler_metadata",
+]
 
-_HOMES = {"flash_attn_func": "interface", "flash_attn_varlen_func": "interface", "AttentionProblem": "problem"}
+_HOMES = {
+    "AttentionProblem": "problem",
+    "flash_attn_combine": "combine",
+    "flash_attn_func": "interface",
+    "flash_attn_varlen_func": "interface",
+    "get_scheduler_metadata": "scheduling",
+}
 
 
 def __getattr__(name: str) -> Any:

@@ -53,3 +53,24 @@ class Arguments(NamedTuple):
     lengths: Lengths = Lengths()
     modifiers: Modifiers = Modifiers()
     numbers: Numbers = Numbers()
+
+
+class Partials(NamedTuple):
+    """What the blocks of a split decode tell one another. A launcher of a decode problem takes it after Arguments, None
+    where the problem isn't split. out and lse hold anything, tickets zeros, before a launch and after."""
+
+    out: Any  # (num_splits, *q.shape[:-1], head_dim_v) float32
+    lse: Any  # (num_splits, *shape of lse) float32
+    tickets: Any  # (at least splits.tickets(...),) int32
+
+
+class CombineArguments(NamedTuple):
+    """What the combine kernel's launcher takes. out and lse in the order of the forward's, whose parts these are."""
+
+    out_partial: Any  # (num_splits, batch, seqlen_q, heads, head_dim_v) or (num_splits, total_q, heads, head_dim_v)
+    lse_partial: Any  # (num_splits, batch, heads, seqlen_q) or (num_splits, heads, total_q), any strides
+    out: Any  # (batch, seqlen_q, heads, head_dim_v) or (total_q, heads, head_dim_v)
+    lse: Any = None  # (batch, heads, seqlen_q) or (heads, total_q)
+    cu_seqlens: Any = None  # (batch + 1,) int32
+    seqused: Any = None  # (batch,) int32
+    learnable_sink: Any = None  # (heads,) bfloat16 or float32

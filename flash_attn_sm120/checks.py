@@ -18,6 +18,7 @@ import torch
 from flash_attn_sm120.problem import MAX_HEAD_DIM
 
 DTYPE_NAMES = {torch.bfloat16: "bfloat16", torch.float16: "float16"}
+FLOAT8_NAMES = {torch.float8_e4m3fn: "float8_e4m3fn", torch.float8_e5m2: "float8_e5m2"}
 UNBOUNDED = 2**30
 FLOAT32 = torch.finfo(torch.float32)
 # Whether the contents of length tensors are checked, which waits for the device.
@@ -26,19 +27,10 @@ VALUE_CHECKS = os.environ.get("FLASH_ATTN_SM120_CHECK") == "1"
 # Accepted by name for callers of other packages; a value outside the tuple asks for what isn't offered yet.
 LATER = {
     "dropout_p": (None, 0),
-    "num_splits": (None, 0, 1),
-    "page_table": (None,),
-    "block_table": (None,),
-    "learnable_sink": (None,),
-    "s_aux": (None,),
-    "alibi_slopes": (None,),
     "score_mod": (None,),
     "mask_mod": (None,),
     "aux_tensors": (None,),
     "block_sparse_tensors": (None,),
-    "q_descale": (None,),
-    "k_descale": (None,),
-    "v_descale": (None,),
     "return_attn_probs": (None, False),
 }
 # Honoured whatever they say: the forward is deterministic, and pack_gqa only names a way to the same numbers.
@@ -72,22 +64,27 @@ def check_later(function: str, options: dict[str, Any]) -> None:
             refuse(name, f"{neutral} (the rest is not implemented yet)", describe(value), NotImplementedError)
 
 
-def check_tensors(q: Any, k: Any, v: Any, cu_seqlens_q: Any, cu_seqlens_k: Any) -> None:
-    """Kind, dtype, rank, shape, last stride and device of q, k and v against each other."""
+def check_tensors(q: Any, k: Any, v: Any, cu_seqlens_q: Any, cu_seqlens_k: Any, paged: bool) -> None:
+    """Kind, dtype, rank, shape, last stride and device of q, k and v against each other. paged: k and v are pools."""
     for name, tensor in (("q", q), ("k", k), ("v", v)):
         if not isinstance(tensor, torch.Tensor):
             refuse(name, "a torch.Tensor", describe(tensor), TypeError)
     dtype, device = q.dtype, q.device
     if dtype not in DTYPE_NAMES:
         refuse("q", "bfloat16 or float16", describe(q), TypeError)
+    if k.dtype != dtype and k.dtype not in FLOAT8_NAMES:
+        refuse("k", f"{DTYPE_NAMES[dtype]} as q, or {' or '.join(FLOAT8_NAMES.values())}", describe(k), TypeError)
+    if v.dtype != k.dtype:
+        refuse("v", f"{str(k.dtype).removeprefix('torch.')} as k", describe(v), TypeError)
     for name, tensor in (("k", k), ("v", v)):
-        if tensor.dtype != dtype:
-            refuse(name, f"{DTYPE_NAMES[dtype]} as q", describe(tensor), TypeError)
         if tensor.device != device:
             refuse(name, f"a tensor on {device} as q", describe(tensor))
     shape_q, shape_k, shape_v = q.shape, k.shape, v.shape
     _check_rank("q", q, "seqlen_q, heads, head_dim", cu_seqlens_q)
-    _check_rank("k", k, "seqlen_k, heads_kv, head_dim", cu_seqlens_k)
+    if not paged:
+        _check_rank("k", k, "seqlen_k, heads_kv, head_dim", cu_seqlens_k)
+    elif k.dim() != 4:
+        refuse("k", "a pool (num_pages, page_size, heads_kv, head_dim) beside page_table", describe(k))
     if shape_v[:-1] != shape_k[:-1] or len(shape_v) != len(shape_k):
         refuse("v", f"shape {(*shape_k[:-1], 'head_dim_v')} to go with k", describe(v))
     head_dim, head_dim_v = shape_q[-1], shape_v[-1]
@@ -123,12 +120,14 @@ def _check_rank(name: str, tensor: torch.Tensor, dims: str, cu_seqlens: Any) -> 
 
 
 def check_lengths(
-    q: torch.Tensor, k: torch.Tensor, cu_seqlens_q: Any, cu_seqlens_k: Any, seqused_q: Any, seqused_k: Any
+    q: torch.Tensor, k: torch.Tensor, cu_seqlens_q: Any, cu_seqlens_k: Any, seqused_q: Any, seqused_k: Any, paged: bool
 ) -> int:
-    """Form of the length tensors, and that all sides name the same batch; returns it. Reads no values."""
+    """Form of the length tensors, and that all sides name the same batch; returns it. Reads no values.
+
+    paged: k is a pool and names no batch."""
     batch = source = None
     for name, tensor, cu_seqlens, seqused in (("q", q, cu_seqlens_q, seqused_q), ("k", k, cu_seqlens_k, seqused_k)):
-        found = tensor.shape[0]
+        found = batch if paged and name == "k" else tensor.shape[0]
         if cu_seqlens is not None:
             found = _check_length_tensor(f"cu_seqlens_{name}", cu_seqlens, q.device, "batch + 1") - 1
             if found < 0:
@@ -145,6 +144,22 @@ def check_lengths(
     return batch
 
 
+def check_combined_lengths(out_partial: torch.Tensor, cu_seqlens: Any, seqused: Any) -> None:
+    """Form of flash_attn_combine's length tensors, and that they go with its rows. Reads no values."""
+    packed, device = out_partial.dim() == 4, out_partial.device
+    if cu_seqlens is not None:
+        if not packed:
+            refuse("cu_seqlens", "None, as out_partial has five dimensions", describe(cu_seqlens))
+        if _check_length_tensor("cu_seqlens", cu_seqlens, device, "batch + 1") == 0:
+            refuse("cu_seqlens", "int32 of shape (batch + 1,)", describe(cu_seqlens))
+    if seqused is not None:
+        if packed and cu_seqlens is None:
+            refuse("cu_seqlens", "int32 of shape (batch + 1,) beside seqused and a packed out_partial", "None")
+        batch = cu_seqlens.shape[0] - 1 if packed else out_partial.shape[1]
+        if _check_length_tensor("seqused", seqused, device, "batch") != batch:
+            refuse("seqused", f"a batch of {batch}", describe(seqused))
+
+
 def _check_length_tensor(name: str, tensor: Any, device: torch.device, size: str) -> int:
     if not isinstance(tensor, torch.Tensor):
         refuse(name, f"an int32 tensor of shape ({size},)", describe(tensor), TypeError)
@@ -153,7 +168,7 @@ def _check_length_tensor(name: str, tensor: Any, device: torch.device, size: str
     if tensor.dim() != 1:
         refuse(name, f"int32 of shape ({size},)", describe(tensor))
     if tensor.device != device:
-        refuse(name, f"a tensor on {device} as q", describe(tensor))
+        refuse(name, f"a tensor on {device} as its companions", describe(tensor))
     if tensor.shape[0] > 1 and tensor.stride(0) != 1:
         refuse(name, "a contiguous tensor", f"strides {tensor.stride()}")
     return tensor.shape[0]
@@ -175,9 +190,14 @@ def check_length_values(
     cu_seqlens: torch.Tensor | None,
     seqused: torch.Tensor | None,
     max_seqlen: int | None,
+    capacity: int | None = None,
 ) -> None:
-    """What the lengths of one side (name "q" or "k") say, read back from the device."""
-    if cu_seqlens is None:
+    """What the lengths of one side (name "q" or "k") say, read back from the device.
+
+    capacity: rows of every sequence where the tensor is a pool."""
+    if capacity is not None:
+        rooms = [capacity] * seqused.shape[0]
+    elif cu_seqlens is None:
         rooms = [tensor.shape[1]] * tensor.shape[0]
     else:
         marks = cu_seqlens.tolist()
@@ -263,17 +283,16 @@ def _window_side(side: Any) -> int:
     return UNBOUNDED if side == -1 else min(side, UNBOUNDED)
 
 
-def check_out(out: Any, q: torch.Tensor, head_dim_v: int) -> None:
-    """out can take the result: (*q.shape[:-1], head_dim_v), q's dtype and device, no two elements in one place."""
+def check_out(out: Any, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> None:
+    """out can take the result of this form: no two elements in one place."""
     if not isinstance(out, torch.Tensor):
         refuse("out", "a torch.Tensor", describe(out), TypeError)
-    shape = (*q.shape[:-1], head_dim_v)
-    if out.dtype != q.dtype:
-        refuse("out", f"{DTYPE_NAMES[q.dtype]} as q", describe(out), TypeError)
+    if out.dtype != dtype:
+        refuse("out", str(dtype).removeprefix("torch."), describe(out), TypeError)
     if out.shape != shape:
         refuse("out", f"shape {shape}", describe(out))
-    if out.device != q.device:
-        refuse("out", f"a tensor on {q.device} as q", describe(out))
+    if out.device != device:
+        refuse("out", f"a tensor on {device} as the inputs", describe(out))
     if out.stride(-1) != 1:
         refuse("out", "a last dimension of stride 1", f"strides {out.stride()}")
     reach = 0
@@ -283,10 +302,10 @@ def check_out(out: Any, q: torch.Tensor, head_dim_v: int) -> None:
         reach += (size - 1) * stride
 
 
-def check_forward_only(*tensors: torch.Tensor | None) -> None:
+def check_forward_only(tensors: dict[str, torch.Tensor | None]) -> None:
     """Raises where autograd would expect a backward, which there is none of."""
     if torch.is_grad_enabled():
-        for name, tensor in zip(("q", "k", "v", "out"), tensors, strict=False):
+        for name, tensor in tensors.items():
             if tensor is not None and tensor.requires_grad:
                 refuse(
                     name, "no gradient (forward only: use torch.no_grad())", "requires_grad=True", NotImplementedError

@@ -11,23 +11,30 @@ import cutlass
 from cutlass import Float32, Int32, cute
 from cutlass.cute.runtime import make_fake_stream, make_fake_tensor
 
-from flash_attn_sm120.arguments import Arguments, Lengths, Modifiers, Numbers
+from flash_attn_sm120.arguments import Arguments, CombineArguments, Lengths, Modifiers, Numbers, Partials
 from flash_attn_sm120.dispatch import Plan, choose
 from flash_attn_sm120.kernels.forward import FlashAttentionForwardSm120
 from flash_attn_sm120.kernels.forward_tma import FlashAttentionForwardSm120Tma
-from flash_attn_sm120.problem import AttentionProblem
+from flash_attn_sm120.problem import AttentionProblem, CombineProblem
 
 KERNELS = {"forward": FlashAttentionForwardSm120, "forward_tma": FlashAttentionForwardSm120Tma}
-DTYPES = {"bfloat16": cutlass.BFloat16, "float16": cutlass.Float16}
+DTYPES = {
+    "bfloat16": cutlass.BFloat16,
+    "float16": cutlass.Float16,
+    "float32": Float32,
+    "float8_e4m3fn": cutlass.Float8E4M3FN,
+    "float8_e5m2": cutlass.Float8E5M2,
+}
 
-_loaded: dict[tuple[AttentionProblem, str], Callable] = {}
+_loaded: dict[tuple[AttentionProblem | CombineProblem, str], Callable] = {}
 _lock = threading.Lock()
 
 
-def load(problem: AttentionProblem, arch: str) -> Callable:
+def load(problem: AttentionProblem | CombineProblem, arch: str) -> Callable:
     """The launcher for a problem on a target such as "sm_120a"; compiled on first use, by one thread at a time.
 
-    Call it as fn(*arguments.Arguments(...)); plain tuples serve as its groups. It launches on PyTorch's current stream.
+    Call it as fn(*arguments.Arguments(...)), and Partials or None for a decode problem, or CombineArguments for a
+    CombineProblem; plain tuples serve as groups. It launches on PyTorch's current stream.
     """
     key = (problem, arch)
     launcher = _loaded.get(key)
@@ -39,38 +46,80 @@ def load(problem: AttentionProblem, arch: str) -> Callable:
     return launcher
 
 
-def build(problem: AttentionProblem, plan: Plan, arch: str, keep: bool = False):
+def build(problem: AttentionProblem | CombineProblem, plan: Plan | None, arch: str, keep: bool = False):
     """Compiles for `arch`, with or without a GPU here. keep: the result carries __ptx__ and __cubin__."""
-    kernel = KERNELS[plan.kernel](problem, plan)
+    kernel = KERNELS["combine"](problem) if plan is None else KERNELS[plan.kernel](problem, plan)
     options = f"--enable-tvm-ffi --gpu-arch {arch}"
     with warnings.catch_warnings(), tempfile.TemporaryDirectory() as folder:
         # A group of arguments that is empty for a problem is no mistake.
         warnings.filterwarnings("ignore", message=r"Argument (lengths|modifiers) .* cannot be converted")
         if keep:  # what is kept is written to files too, by default in the current directory
             options += f" --generate-line-info --keep-ptx --keep-cubin --dump-dir {folder}"
-        return cute.compile(kernel, *_signature(problem), options=options)
+        arguments = _combine_signature(problem) if isinstance(problem, CombineProblem) else _signature(problem)
+        return cute.compile(kernel, *arguments, make_fake_stream(use_tvm_ffi_env_stream=True), options=options)
 
 
 def _signature(problem: AttentionProblem) -> tuple:
     """The arguments of a kernel's __call__ as types: sizes and strides stay symbolic."""
     dtype = DTYPES[problem.dtype]
-    rank_q, rank_k = (3 if packed else 4 for packed in (problem.packed_q, problem.packed_k))
+    rank_q = 3 if problem.packed_q else 4
     q, out = _matrix(dtype, rank_q), _matrix(dtype, rank_q)
-    k, v = _matrix(dtype, rank_k), _matrix(dtype, rank_k)
-    lse = _matrix(Float32, rank_q - 1, align=4, divisibility=1) if problem.lse else None
-    flags = (problem.packed_q, problem.packed_k, problem.seqused_q, problem.seqused_k)
-    lengths = Lengths(*[_lengths() if given else None for given in flags])
+    k, v = (_matrix(DTYPES[problem.kv_dtype or problem.dtype], 3 if problem.packed_k else 4) for _ in range(2))
+    lse = _rows(Float32, rank_q - 1) if problem.lse else None
+    lengths = Lengths(
+        cu_seqlens_q=_rows(Int32, 1) if problem.packed_q else None,
+        cu_seqlens_k=_rows(Int32, 1) if problem.packed_k else None,
+        seqused_q=_rows(Int32, 1) if problem.seqused_q else None,
+        seqused_k=_rows(Int32, 1) if problem.seqused_k else None,
+        page_table=_rows(Int32, 2) if problem.paged else None,
+        cp_tot_seqused_k=_rows(Int32, 1) if problem.context_parallel else None,
+    )
+    modifiers = Modifiers(
+        learnable_sink=_strided(DTYPES[problem.sink], 1) if problem.sink else None,
+        alibi_slopes=_strided(Float32, 2) if problem.alibi else None,
+        k_descale=_strided(Float32, 2) if problem.k_descale else None,
+        v_descale=_strided(Float32, 2) if problem.v_descale else None,
+    )
     numbers = Numbers(Float32(0), Float32(0), *[Int32(0)] * (len(Numbers._fields) - 2))
-    arguments = Arguments(q, k, v, out, lse, lengths, Modifiers(), numbers)
-    return (*arguments, make_fake_stream(use_tvm_ffi_env_stream=True))
+    arguments = tuple(Arguments(q, k, v, out, lse, lengths, modifiers, numbers))
+    if not problem.decode:
+        return arguments
+    if not problem.split:
+        return (*arguments, None)
+    return (*arguments, Partials(_matrix(Float32, rank_q + 1), _rows(Float32, rank_q), _rows(Int32, 1)))
 
 
-def _matrix(dtype: type, rank: int, align: int = 16, divisibility: int = 8):
-    """Last dimension contiguous; the other strides 64-bit multiples of `divisibility` elements."""
+def _combine_signature(problem: CombineProblem) -> tuple:
+    """The arguments of the combine kernel's __call__ as types."""
+    rank = 3 if problem.packed else 4
+    arguments = CombineArguments(
+        out_partial=_matrix(Float32, rank + 1),
+        lse_partial=_strided(Float32, rank),
+        out=_matrix(DTYPES[problem.dtype], rank),
+        lse=_rows(Float32, rank - 1) if problem.lse else None,
+        cu_seqlens=_rows(Int32, 1) if problem.cu_seqlens else None,
+        seqused=_rows(Int32, 1) if problem.seqused else None,
+        learnable_sink=_strided(DTYPES[problem.sink], 1) if problem.sink else None,
+    )
+    return tuple(arguments)
+
+
+def _matrix(dtype: type, rank: int):
+    """Last dimension contiguous; address and the other strides, which are 64-bit, of whole 16 bytes."""
+    return _tensor(dtype, rank, 16, 128 // dtype.width, last=1)
+
+
+def _rows(dtype: type, rank: int):
+    """Last dimension contiguous; the other strides 64-bit."""
+    return _tensor(dtype, rank, dtype.width // 8, 1, last=1)
+
+
+def _strided(dtype: type, rank: int):
+    """Any strides, 64-bit; 0 repeats a value."""
+    return _tensor(dtype, rank, dtype.width // 8, 1, last=cute.sym_int64())
+
+
+def _tensor(dtype: type, rank: int, align: int, divisibility: int, last):
     shape = tuple(cute.sym_int32() for _ in range(rank))
-    stride = (*(cute.sym_int64(divisibility=divisibility) for _ in range(rank - 1)), 1)
+    stride = (*(cute.sym_int64(divisibility=divisibility) for _ in range(rank - 1)), last)
     return make_fake_tensor(dtype, shape, stride, assumed_align=align)
-
-
-def _lengths():
-    return make_fake_tensor(Int32, (cute.sym_int32(),), (1,), assumed_align=4)

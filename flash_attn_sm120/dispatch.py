@@ -7,10 +7,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from flash_attn_sm120.problem import MASKS, AttentionProblem, padded
+from flash_attn_sm120.problem import MASKS, AttentionProblem, CombineProblem, padded
 
 ELEMENT_BYTES = 2
 BARRIER_BYTES = 64  # mbarriers, behind the note
+MAX_SPLITS = 64  # parts of a sequence in a decode
 TILE_NOTE_BYTES = 48  # what a thread block writes down instead of keeping it in registers, behind the tiles
 
 
@@ -91,19 +92,58 @@ def smem_bytes(problem: AttentionProblem, row: TileRow) -> int:
     return ELEMENT_BYTES * max(inputs, row.tile_m * dv) + TILE_NOTE_BYTES + BARRIER_BYTES
 
 
-# Attributes of a problem that a kernel has no code for: the plain kernel's await it, TMA's are the dispatch rule.
+# Attributes of a problem that a kernel has no code for; a kernel that isn't named has none at all. Code that lands for
+# an attribute takes it from here.
+SPARSE = ("block_sparse", "dropout")
+SERVING = ("paged", "kv_dtype", "k_descale", "v_descale", "sink", "alibi", "chunked", "context_parallel")
 EXCLUDED = {
-    "forward": ("paged", "block_sparse", "dropout"),
-    "forward_tma": ("paged", "varlen", "block_sparse", "dropout"),
+    "forward": (*SERVING, *SPARSE, "decode", "split"),
+    "forward_tma": ("varlen", *SERVING, *SPARSE, "decode", "split"),
 }
+# What callers call them, and the value that doesn't ask for them.
+ARGUMENTS = {
+    "paged": ("page_table", "None"),
+    "kv_dtype": ("k", "q's dtype"),
+    "k_descale": ("k_descale", "None or a number"),
+    "v_descale": ("v_descale", "None or 1"),
+    "sink": ("learnable_sink", "None"),
+    "alibi": ("alibi_slopes", "None"),
+    "chunked": ("attention_chunk", "0"),
+    "context_parallel": ("cp_world_size", "1, or no mask, slopes and chunks"),
+    "block_sparse": ("block_sparse_tensors", "None"),
+    "dropout": ("dropout_p", "0"),
+    "decode": ("num_splits", "0 or 1"),
+    "split": ("num_splits", "0 or 1"),
+    "seqused": ("seqused", "None"),
+    "combine": ("flash_attn_combine", "no call"),
+}
+MAX_PARTS = 128  # that a combination takes
+DECODE_ROWS = 16  # query tokens of a sequence up to which the decode kernel is faster
+
+
+def use_decode(max_seqlen_q: int | None, num_splits: int) -> bool:
+    """Whether a call is the decode kernel's: few rows a sequence, or splits asked for.
+
+    max_seqlen_q: None where a packed call doesn't say it. num_splits: 0 to choose."""
+    return num_splits > 1 or (max_seqlen_q is not None and max_seqlen_q <= DECODE_ROWS)
+
+
+def missing(problem: AttentionProblem | CombineProblem) -> str:
+    """What its kernel has no code for in a problem, as `argument: expected ..., got ...`; "" where it is offered."""
+    kernel = "combine" if isinstance(problem, CombineProblem) else ("forward", "decode")[problem.decode]
+    for attribute in EXCLUDED.get(kernel, (kernel,)):
+        if attribute == kernel or getattr(problem, attribute):
+            argument, neutral = ARGUMENTS[attribute]
+            return f"{argument}: expected {neutral}, got what no kernel offers yet"
+    return ""
 
 
 def can_implement(kernel: str, problem: AttentionProblem, arch: str) -> bool:
     """Whether the kernel gives right results for the problem on a target such as "sm_120a"."""
-    if any(getattr(problem, name) for name in EXCLUDED[kernel]):
+    if kernel not in EXCLUDED or any(getattr(problem, name) for name in EXCLUDED[kernel]):
         return False
-    if kernel == "forward":
-        return True
+    if kernel != "forward_tma":
+        return problem.decode == (kernel == "decode")
     whole_boxes = problem.head_dim % 32 == 0 and problem.head_dim_v % 32 == 0
     return compute_capability(arch) >= 9 and problem.tma_strides and whole_boxes
 
@@ -128,13 +168,15 @@ def plan_for(kernel: str, problem: AttentionProblem, arch: str = "sm_120a") -> P
     return replace(plan, loading_registers=LOADING_REGISTERS, matrix_registers=MATRIX_REGISTERS[row.num_warps])
 
 
-def choose(problem: AttentionProblem, arch: str = "sm_120a") -> Plan:
+def choose(problem: AttentionProblem | CombineProblem, arch: str = "sm_120a") -> Plan | None:
     """The plan for a problem: TMA where it may be used, as it measured faster for every head_dim; tiles are SM120's
-    whatever the target. Raises NotImplementedError for what no kernel does."""
-    kernel = next((name for name in ("forward_tma", "forward") if can_implement(name, problem, arch)), None)
-    if kernel is None:
-        missing = ", ".join(name for name in EXCLUDED["forward"] if getattr(problem, name))
-        raise NotImplementedError(f"{missing}: expected False, got True (no kernel offers it)")
+    whatever the target. None for a combination, which has one way. Raises NotImplementedError for what no kernel does.
+    """
+    if text := missing(problem):
+        raise NotImplementedError(text)
+    if isinstance(problem, CombineProblem):
+        return None
+    kernel = next(name for name in ("forward_tma", "forward", "decode") if can_implement(name, problem, arch))
     return plan_for(kernel, problem, arch)
 
 

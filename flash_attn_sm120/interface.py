@@ -1,33 +1,28 @@
 """flash_attn_func and flash_attn_varlen_func: check, default, launch.
 
 Names and order are those of flash-attn 2 and its CuTe successor, so that a call moves over by changing the import.
-Idea: Dao, FlashAttention-2 (2023).
+Idea: Dao, FlashAttention-2 (2023); split keys: Dao et al., Flash-Decoding (2023).
 """
 
 from __future__ import annotations
 
-import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 
-from flash_attn_sm120 import checks
-from flash_attn_sm120.arguments import Modifiers, Numbers
-from flash_attn_sm120.problem import AttentionProblem
+from flash_attn_sm120 import calls, checks
+from flash_attn_sm120.arguments import Modifiers
+from flash_attn_sm120.calls import Call, Options, Tensors
+from flash_attn_sm120.checks_serving import check_num_splits, check_q_descale, one_of
+from flash_attn_sm120.dispatch import use_decode
+from flash_attn_sm120.prepare import check_values, prepare
+from flash_attn_sm120.scheduling import SchedulerMetadata, splits_of
+from flash_attn_sm120.strides import aligned, aligned_pool, target_for
+from flash_attn_sm120.workspace import partials
 
-MAX_ROW_STRIDE = 2**30  # elements; the kernels count the bytes from row to row in 31 bits
-
-MAX_CALLS = 4096  # kept; a server sees few, a sweep over lengths starts anew
-DENSE = (None,) * 6
+NO_TENSORS = (None,) * len(Tensors._fields)
 NO_MODIFIERS = Modifiers()
-
-_calls: dict[tuple, _Call] = {}
-_launchers: dict[tuple, Callable] = {}
-_targets: dict[int, str] = {}
-_lock = threading.Lock()
-_cpu_load: Callable[[AttentionProblem], Callable] | None = None
+KEYS_STEP = 256  # max_seqlen_k counts in steps
 
 
 def flash_attn_func(
@@ -39,30 +34,65 @@ def flash_attn_func(
     causal: bool = False,
     window_size: tuple[int | None, int | None] = (-1, -1),
     softcap: float = 0.0,
+    learnable_sink: torch.Tensor | None = None,
+    s_aux: torch.Tensor | None = None,
+    alibi_slopes: torch.Tensor | None = None,
+    attention_chunk: int = 0,
+    seqused_k: torch.Tensor | None = None,
+    page_table: torch.Tensor | None = None,
+    block_table: torch.Tensor | None = None,
+    q_descale: float | None = None,
+    k_descale: torch.Tensor | float | None = None,
+    v_descale: torch.Tensor | float | None = None,
+    num_splits: int = 0,
+    scheduler_metadata: SchedulerMetadata | None = None,
+    cp_world_size: int = 1,
+    cp_rank: int = 0,
+    cp_tot_seqused_k: torch.Tensor | None = None,
     out: torch.Tensor | None = None,
     return_lse: bool = False,
     **later: Any,
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
-    """softmax(q @ k^T * softmax_scale) @ v for each head, in one kernel. Forward only.
+    """softmax(q @ k^T * softmax_scale) @ v for each head. Forward only.
 
     q: (batch, seqlen_q, heads, head_dim), bfloat16 or float16, on a GPU of compute capability 8.0 or later.
     k: (batch, seqlen_k, heads_kv, head_dim), v: (batch, seqlen_k, heads_kv, head_dim_v); heads % heads_kv == 0, query
         head h reads KV head h // (heads // heads_kv). head_dim and head_dim_v: multiples of 8 up to 256.
         Any strides with a contiguous last dimension. A tensor whose address isn't a multiple of 16 bytes, or whose
-        strides aren't, is copied first.
+        strides aren't, is copied first. dtype of q, or float8_e4m3fn or float8_e5m2, then with head_dim and head_dim_v
+        that are multiples of 16.
     softmax_scale: 1 / sqrt(head_dim) if None.
     causal: query row i sees the columns up to i + seqlen_k - seqlen_q (the last row is aligned with the last column).
     window_size: (left, right), the row sees columns from i + seqlen_k - seqlen_q - left to + right; -1 or None is
         unbounded. causal makes right 0. Blocks outside the window are never loaded.
     softcap: scores become softcap * tanh(score / softcap), after the scale; 0 is off.
+    learnable_sink (s_aux): (heads,) bfloat16 or float32, one more logit for each row of a head that has no value; lse
+        counts it. Source: Agarwal et al., gpt-oss (2025).
+    alibi_slopes: (heads,) or (batch, heads) float32; after the softcap, slope * |i + seqlen_k - seqlen_q - column| is
+        taken off the score. Source: Press et al., ALiBi (2022).
+    attention_chunk: c > 0: a row at p = i + seqlen_k - seqlen_q sees only columns of its own chunk, from p // c * c to
+        p // c * c + c - 1, within causal and window_size; 0 is off.
+    seqused_k: int32 (batch,), how many of seqlen_k columns each batch entry has.
+    page_table (block_table): int32 (batch, pages): k and v are pools (num_pages, page_size, heads_kv, head_dim and
+        head_dim_v), page_size a multiple of 8; row r of batch entry b is row r % page_size of page
+        page_table[b, r // page_size]. seqused_k is needed; entries beyond a length are never read. Pools are never
+        copied: addresses and strides must be multiples of 16 bytes. Source: Kwon et al., PagedAttention (2023).
+    k_descale, v_descale: float32 (batch, heads_kv), (1,) or (), or a number; k and v are multiplied by it. More than 0.
+    q_descale: None or 1.
+    num_splits: how many parts the keys are cut into, which other thread blocks work on and a second kernel combines;
+        1: whole, up to 64; 0: chosen from sizes. More than one, or at most 16 rows, is the decode kernel's.
+    scheduler_metadata: of get_scheduler_metadata; stands for num_splits where that is 0.
+    cp_world_size, cp_rank, cp_tot_seqused_k: context parallel. k and v hold every cp_world_size-th key of a sequence,
+        from key cp_rank on, of cp_tot_seqused_k, int32 (batch,); masks and slopes count positions over all ranks. The
+        results of all ranks go to flash_attn_combine.
     out: (batch, seqlen_q, heads, head_dim_v), written in place and returned.
     return_lse: also return the natural log of each row's sum of exponentials.
     later: deterministic (this forward always is) and pack_gqa (forced off: it would change the speed, not the result)
-        are accepted. dropout_p, num_splits, page_table, block_table, learnable_sink, s_aux, alibi_slopes, score_mod,
-        mask_mod, aux_tensors, block_sparse_tensors, q_descale, k_descale, v_descale and return_attn_probs are accepted
-        at their neutral value only.
+        are accepted. dropout_p, score_mod, mask_mod, aux_tensors, block_sparse_tensors and return_attn_probs are
+        accepted at their neutral value only.
 
-    Returns out, or (out, lse) with lse (batch, heads, seqlen_q) float32. A row that sees nothing is 0, its lse -inf.
+    Returns out, or (out, lse) with lse (batch, heads, seqlen_q) float32. A row that sees nothing is 0, its lse the
+    sink, or -inf without one.
 
     Raises ValueError (shape, value, device), TypeError (kind, dtype) or NotImplementedError (valid, but not offered),
     before any launch, in the form `argument: expected ..., got ...`.
@@ -72,7 +102,25 @@ def flash_attn_func(
     if isinstance(q, torch.Tensor) and q.dim() == 3:
         hint = f"{checks.describe(q)} (packed tensors go to flash_attn_varlen_func)"
         checks.refuse("q", "(batch, seqlen_q, heads, head_dim)", hint)
-    return _forward(q, k, v, DENSE, softmax_scale, causal, window_size, softcap, out, return_lse)
+    if block_table is not None:
+        page_table = one_of("page_table", page_table, "block_table", block_table)
+    if s_aux is not None:
+        learnable_sink = one_of("learnable_sink", learnable_sink, "s_aux", s_aux)
+    if q_descale is not None:
+        check_q_descale(q_descale)
+    if scheduler_metadata is not None:
+        num_splits = splits_of(scheduler_metadata, num_splits)
+    tensors = NO_TENSORS
+    if not (
+        seqused_k is page_table is cp_tot_seqused_k is learnable_sink is alibi_slopes is k_descale is v_descale is None
+    ):
+        lengths = (None, None, None, seqused_k, page_table, cp_tot_seqused_k)
+        tensors = (*lengths, learnable_sink, alibi_slopes, k_descale, v_descale)
+    options = (
+        softmax_scale, causal, window_size, softcap, return_lse, num_splits,
+        attention_chunk, cp_world_size, cp_rank, None, None,
+    )  # fmt: skip
+    return _forward(q, k, v, tensors, options, out)
 
 
 def flash_attn_varlen_func(
@@ -86,21 +134,38 @@ def flash_attn_varlen_func(
     *,
     seqused_q: torch.Tensor | None = None,
     seqused_k: torch.Tensor | None = None,
+    page_table: torch.Tensor | None = None,
+    block_table: torch.Tensor | None = None,
     softmax_scale: float | None = None,
     causal: bool = False,
     window_size: tuple[int | None, int | None] = (-1, -1),
     softcap: float = 0.0,
+    learnable_sink: torch.Tensor | None = None,
+    s_aux: torch.Tensor | None = None,
+    alibi_slopes: torch.Tensor | None = None,
+    attention_chunk: int = 0,
+    q_descale: float | None = None,
+    k_descale: torch.Tensor | float | None = None,
+    v_descale: torch.Tensor | float | None = None,
+    num_splits: int = 0,
+    scheduler_metadata: SchedulerMetadata | None = None,
+    cp_world_size: int = 1,
+    cp_rank: int = 0,
+    cp_tot_seqused_k: torch.Tensor | None = None,
     out: torch.Tensor | None = None,
     return_lse: bool = False,
     **later: Any,
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
-    """flash_attn_func for sequences of different lengths: packed one behind the other, or padded.
+    """flash_attn_func for sequences of different lengths: packed one behind the other, padded, or keys in pages.
 
     q: (total_q, heads, head_dim) with cu_seqlens_q, or (batch, seqlen_q, heads, head_dim) without.
-    k, v: (total_k, heads_kv, head_dim / head_dim_v) with cu_seqlens_k, or (batch, seqlen_k, heads_kv, ...) without;
-        q may be packed and k padded, or the other way round.
+    k, v: (total_k, heads_kv, head_dim / head_dim_v) with cu_seqlens_k, or (batch, seqlen_k, heads_kv, ...) without, or
+        pools with page_table; q may be packed and k padded, or the other way round.
     cu_seqlens_q, cu_seqlens_k: int32 (batch + 1,), contiguous, from 0: sequence b is rows cu_seqlens[b] to [b + 1].
-    max_seqlen_q, max_seqlen_k: the longest lengths; taken for the sake of callers, the kernels don't need them.
+        cu_seqlens_k doesn't go with page_table, where seqused_k has the lengths.
+    max_seqlen_q, max_seqlen_k: the longest lengths, or more. Where q is packed, max_seqlen_q of at most 16 makes a
+        call the decode kernel's. num_splits = 0 goes by max_seqlen_k, or by what the tensors have room for. The
+        result doesn't depend on them.
     seqused_q, seqused_k: int32 (batch,), how many rows of each sequence take part, packed or padded. The rows of q
         beyond seqused_q become 0, their lse -inf.
     The rest as in flash_attn_func; masks align at the end of each sequence.
@@ -109,248 +174,116 @@ def flash_attn_varlen_func(
     (batch, heads, seqlen_q) for padded q. Rows of a packed q past cu_seqlens_q[-1] belong to no sequence and are not
     written.
 
-    Raises as flash_attn_func does. What the length tensors contain is on the device, and reading it would wait for the
-    GPU: with FLASH_ATTN_SM120_CHECK=1 in the environment at import it is checked on every call (first value 0, never
-    falling, within the tensor, seqused within its sequence, max_seqlen not too small); otherwise the kernel clamps the
-    values so that nothing outside the tensors is touched.
+    Raises as flash_attn_func does. What tensors of lengths and pages contain is on the device, and reading it would
+    wait for the GPU: with FLASH_ATTN_SM120_CHECK=1 in the environment at import it is checked on every call (first
+    value 0, never falling, within the tensor, seqused within its sequence or table, max_seqlen not too small, pages
+    within the pool, scales more than 0, a rank's share of the keys); otherwise the kernel clamps lengths and pages so
+    that nothing outside the tensors is touched.
     """
     if later:
         checks.check_later("flash_attn_varlen_func", later)
     checks.check_max_seqlen("max_seqlen_q", max_seqlen_q)
     checks.check_max_seqlen("max_seqlen_k", max_seqlen_k)
-    lengths = (cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k, max_seqlen_q, max_seqlen_k)
-    return _forward(q, k, v, lengths, softmax_scale, causal, window_size, softcap, out, return_lse)
-
-
-class _Call(NamedTuple):
-    """What all calls with the same arguments but for addresses and contents have in common; checked once."""
-
-    launcher: Callable | None  # None: there is nothing to compute
-    out_shape: tuple[int, ...]
-    lse_shape: tuple[int, ...] | None
-    numbers: Numbers
-    readable: bool  # q, k and v have strides that the kernel can follow
-    writable: bool  # out, if given, has
-    reaches: tuple[int, ...]  # bytes that q, k, v and out extend over, where out is given
-    device_index: int | None
+    if block_table is not None:
+        page_table = one_of("page_table", page_table, "block_table", block_table)
+    if s_aux is not None:
+        learnable_sink = one_of("learnable_sink", learnable_sink, "s_aux", s_aux)
+    if q_descale is not None:
+        check_q_descale(q_descale)
+    if scheduler_metadata is not None:
+        num_splits = splits_of(scheduler_metadata, num_splits)
+    elif num_splits.__class__ is not int:
+        num_splits = check_num_splits(num_splits)
+    most = (None, None)  # of no use to the plain kernel: its calls don't differ by them
+    if use_decode(max_seqlen_q, num_splits):
+        most = (max_seqlen_q, max_seqlen_k and -(-max_seqlen_k // KEYS_STEP) * KEYS_STEP)
+    tensors = (
+        cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k, page_table,
+        cp_tot_seqused_k, learnable_sink, alibi_slopes, k_descale, v_descale,
+    )  # fmt: skip
+    options = (
+        softmax_scale, causal, window_size, softcap, return_lse, num_splits,
+        attention_chunk, cp_world_size, cp_rank, *most,
+    )  # fmt: skip
+    return _forward(q, k, v, tensors, options, out, max_seqlen_q, max_seqlen_k)
 
 
 def _forward(
     q: torch.Tensor,
     k: torch.Tensor,
     v: torch.Tensor,
-    lengths: tuple,
-    softmax_scale: float | None,
-    causal: bool,
-    window_size: tuple[int | None, int | None],
-    softcap: float,
+    tensors: tuple,
+    options: tuple,
     out: torch.Tensor | None,
-    return_lse: bool,
+    max_seqlen_q: int | None = None,
+    max_seqlen_k: int | None = None,
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
-    options = (softmax_scale, causal, window_size, softcap, return_lse)
+    """tensors and options: the fields of calls.Tensors and calls.Options; plain tuples are made in less time."""
     try:
         # True == 1 and hashes alike, but only one of them is a bool
         key = (
             q.shape, q.stride(), q.dtype, q.get_device(), k.shape, k.stride(), k.dtype, k.get_device(),
-            v.shape, v.stride(), v.dtype, v.get_device(), _signature(out),
-            lengths if lengths is DENSE else tuple(map(_signature, lengths[:4])),
-            options, causal.__class__, return_lse.__class__,
+            v.shape, v.stride(), v.dtype, v.get_device(), signature(out),
+            tensors if tensors is NO_TENSORS else tuple(map(signature, tensors)),
+            options, options[1].__class__, options[4].__class__,
         )  # fmt: skip
-        call = _calls.get(key)
+        call = calls.known.get(key)
     except (AttributeError, TypeError):
         key = call = None
     if call is None:
-        call = _prepare(q, k, v, lengths, *options, out)
+        call = prepare(q, k, v, Tensors(*tensors), Options(*options), out)
         if key is not None:
-            if len(_calls) >= MAX_CALLS:
-                _calls.clear()
-            _calls[key] = call
+            calls.remember(key, call)
     if q.requires_grad or k.requires_grad or v.requires_grad or (out is not None and out.requires_grad):
-        checks.check_forward_only(q, k, v, out)
+        checks.check_forward_only({"q": q, "k": k, "v": v, "out": out})
         q, k, v = q.detach(), k.detach(), v.detach()
-    cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k, max_seqlen_q, max_seqlen_k = lengths
-    if checks.VALUE_CHECKS and lengths is not DENSE:
-        checks.check_length_values("q", q, cu_seqlens_q, seqused_q, max_seqlen_q)
-        checks.check_length_values("k", k, cu_seqlens_k, seqused_k, max_seqlen_k)
+    if checks.VALUE_CHECKS and tensors is not NO_TENSORS:
+        check_values(q, k, Tensors(*tensors), call, max_seqlen_q, max_seqlen_k)
 
     result = q.new_empty(call.out_shape) if out is None else out
-    lse = q.new_empty(call.lse_shape, dtype=torch.float32) if return_lse else None
+    lse = q.new_empty(call.lse_shape, dtype=torch.float32) if call.lse_shape is not None else None
     if call.launcher is not None:
-        target = result if out is None else _target_for(out, q, k, v, call, cu_seqlens_q is not None)
+        packed = tensors[0] is not None
+        target = result if out is None else target_for(out, (q, k, v), call.reaches, call.writable, packed)
         if not call.readable or (q.data_ptr() | k.data_ptr() | v.data_ptr()) % 16:
-            q, k, v = _aligned(q), _aligned(k), _aligned(v)
-        given = (cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k, None, None)
-        arguments = (q, k, v, target, lse, given, NO_MODIFIERS, call.numbers)
+            q = aligned(q)
+            k, v = (aligned(k), aligned(v)) if tensors[4] is None else (aligned_pool("k", k), aligned_pool("v", v))
         if call.device_index is not None and call.device_index != torch.cuda.current_device():
             with torch.cuda.device(call.device_index):
-                call.launcher(*arguments)
+                _launch(call, q, k, v, target, lse, tensors)
         else:
-            call.launcher(*arguments)
+            _launch(call, q, k, v, target, lse, tensors)
         if out is not None and target.data_ptr() != out.data_ptr():
             out.detach().copy_(target)
-    return (result, lse) if return_lse else result
+    return (result, lse) if lse is not None else result
 
 
-def _signature(tensor: torch.Tensor | None) -> tuple | None:
-    """A tensor without its address and contents."""
-    return None if tensor is None else (tensor.shape, tensor.stride(), tensor.dtype, tensor.get_device())
-
-
-def _prepare(
+def _launch(
+    call: Call,
     q: torch.Tensor,
     k: torch.Tensor,
     v: torch.Tensor,
-    lengths: tuple,
-    softmax_scale: float | None,
-    causal: bool,
-    window_size: tuple[int | None, int | None],
-    softcap: float,
-    return_lse: bool,
-    out: torch.Tensor | None,
-) -> _Call:
-    """Every check that needs no address and no contents; finds the launcher."""
-    cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k, *_ = lengths
-    checks.check_tensors(q, k, v, cu_seqlens_q, cu_seqlens_k)
-    batch = checks.check_lengths(q, k, cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k)
-    head_dim, head_dim_v = q.shape[-1], v.shape[-1]
-    softmax_scale = checks.check_softmax_scale(softmax_scale, head_dim)
-    softcap = checks.check_softcap(softcap)
-    mask, window_left, window_right = checks.check_mask(causal, window_size)
-    checks.check_flag("return_lse", return_lse)
-    if out is not None:
-        checks.check_out(out, q, head_dim_v)
-    checks.check_forward_only(q, k, v, out)
-
-    packed_q, packed_k = cu_seqlens_q is not None, cu_seqlens_k is not None
-    launcher = None
-    if batch == 0 or q.shape[0 if packed_q else 1] == 0:
-        _check_device(q.device)
-    else:
-        lengths_given = (packed_q, packed_k, seqused_q is not None, seqused_k is not None)
-        # strides choose between kernels for dense calls only
-        tma_strides = any(lengths_given) or all(map(_has_tma_strides, (q, k, v)))
-        features = (mask, softcap != 0.0, return_lse, *lengths_given, tma_strides)
-        launcher = _load(q.dtype, head_dim, head_dim_v, *features, q.device)
-    lse_shape = None
-    if return_lse:
-        lse_shape = (q.shape[1], q.shape[0]) if packed_q else (q.shape[0], q.shape[2], q.shape[1])
-    return _Call(
-        launcher,
-        (*q.shape[:-1], head_dim_v),
-        lse_shape,
-        Numbers(softmax_scale, softcap, window_left, window_right),
-        readable=all(map(_has_whole_strides, (q, k, v))),
-        writable=out is None or _has_whole_strides(out),
-        reaches=() if out is None else tuple(map(_reach, (q, k, v, out))),
-        device_index=q.device.index if q.is_cuda else None,
-    )
+    out: torch.Tensor,
+    lse: torch.Tensor | None,
+    tensors: tuple,
+) -> None:
+    """On tensors that kernels can follow. tensors: as in _forward."""
+    lengths, modifiers = tensors[:6], NO_MODIFIERS
+    if lengths[5] is not None and not call.context_parallel:
+        lengths = (*lengths[:5], None)
+    if call.modifiers is not None:
+        modifiers = (*[way(given) for way, given in zip(call.modifiers, tensors[6:], strict=True)], None)
+    if not call.num_splits:
+        call.launcher(q, k, v, out, lse, lengths, modifiers, call.numbers)
+        return
+    shared = partials(q, call) if call.num_splits > 1 else None
+    call.launcher(q, k, v, out, lse, lengths, modifiers, call.numbers, shared)
 
 
-def _load(
-    dtype: torch.dtype,
-    head_dim: int,
-    head_dim_v: int,
-    mask: str,
-    softcap: bool,
-    lse: bool,
-    packed_q: bool,
-    packed_k: bool,
-    seqused_q: bool,
-    seqused_k: bool,
-    tma_strides: bool,
-    device: torch.device,
-) -> Callable:
-    """The launcher for a problem on this device."""
-    _check_device(device)
-    features = (mask, softcap, lse, packed_q, packed_k, seqused_q, seqused_k, tma_strides)
-    key = (dtype, head_dim, head_dim_v, *features, device)
-    launcher = _launchers.get(key)
-    if launcher is None:
-        problem = AttentionProblem(checks.DTYPE_NAMES[dtype], head_dim, head_dim_v, *features)
-        if device.type == "cpu":
-            return _cpu_load(problem)
-        from flash_attn_sm120.compile import load
-
-        launcher = _launchers[key] = load(problem, _target(device.index))
-    return launcher
-
-
-def _check_device(device: torch.device) -> None:
-    """The last check, so that a wrong call is told so on a machine without a GPU too."""
-    if device.type == "cuda":
-        _target(device.index)
-    elif device.type != "cpu" or _cpu_load is None:
-        hint = f"{device} (flash_attn_sm120.simulator.simulate runs the kernels on a CPU, to test them)"
-        checks.refuse("q", "a tensor on a CUDA device", hint)
-
-
-def _target(index: int) -> str:
-    target = _targets.get(index)
-    if target is None:
-        with _lock:
-            if index not in _targets:
-                _targets[index] = checks.target_of(torch.cuda.get_device_capability(index))
-            target = _targets[index]
-    return target
-
-
-def _has_whole_strides(tensor: torch.Tensor) -> bool:
-    """Strides of whole 16 bytes, rows less than 2 GB apart: what a kernel can follow."""
-    strides = tensor.stride()
-    return not any(stride % 8 for stride in strides[:-1]) and strides[-3] < MAX_ROW_STRIDE
-
-
-def _has_tma_strides(tensor: torch.Tensor) -> bool:
-    """Whether a tensor map can hold the strides: those of a repeated dimension it can't."""
-    return all(stride > 0 or size == 1 for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
-
-
-def _aligned(tensor: torch.Tensor) -> torch.Tensor:
-    """The tensor itself where the kernel can read it, else a copy."""
-    if tensor.data_ptr() % 16 == 0:
-        if _has_whole_strides(tensor):
-            return tensor
-        # The stride of a dimension of size 1 is never followed, but the launcher looks at it all the same.
-        places = zip(tensor.shape[:-1], tensor.stride()[:-1], strict=True)
-        view = tensor.as_strided(tensor.shape, (*(8 if size == 1 else stride for size, stride in places), 1))
-        if _has_whole_strides(view):
-            return view
-    return tensor.clone(memory_format=torch.contiguous_format)
-
-
-def _target_for(
-    out: torch.Tensor, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, call: _Call, packed: bool
-) -> torch.Tensor:
-    """out itself, or a temporary where the kernel can't write it directly or would overwrite what it still reads."""
-    *reaches, reach = call.reaches
-    first = out.data_ptr()
-    apart = all(
-        tensor.data_ptr() >= first + reach or first >= tensor.data_ptr() + own
-        for tensor, own in zip((q, k, v), reaches, strict=True)
-    )
-    if apart and call.writable and first % 16 == 0:
-        return out.detach() if out.requires_grad else out
-    if packed:  # rows that no sequence names keep what they hold
-        return out.detach().clone(memory_format=torch.contiguous_format)
-    return torch.empty(out.shape, dtype=out.dtype, device=out.device)
-
-
-def _reach(tensor: torch.Tensor) -> int:
-    """Bytes from the tensor's address to the end of its last element."""
-    if tensor.numel() == 0:
-        return 0
-    reach = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
-    return (reach + 1) * tensor.element_size()
-
-
-@contextmanager
-def launches_on_cpu(load: Callable[[AttentionProblem], Callable]) -> Iterator[None]:
-    """While open, CPU tensors are accepted and go to `load(problem)`, which takes a launcher's arguments. For tests."""
-    global _cpu_load
-    before, _cpu_load = _cpu_load, load
-    _calls.clear()
-    try:
-        yield
-    finally:
-        _cpu_load = before
-        _calls.clear()
+def signature(tensor: torch.Tensor | float | None) -> Any:
+    """A tensor without its address and contents; a number with its type."""
+    if tensor is None:
+        return None
+    if isinstance(tensor, (int, float)):
+        return tensor, tensor.__class__
+    return tensor.shape, tensor.stride(), tensor.dtype, tensor.get_device()

@@ -1,4 +1,4 @@
-"""AttentionProblem: everything that selects machine code, and nothing else. It is the compile key."""
+"""AttentionProblem and CombineProblem: everything that selects machine code, and nothing else. The compile keys."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ class AttentionProblem:
     chunked: attention_chunk at run time: a row sees only the columns of its own chunk of positions.
     context_parallel: k and v hold every cp_world_size-th token, from cp_rank on, of cp_tot_seqused_k.
     decode: few rows a sequence; the query heads of one KV head are rows of one tile.
-    split: the decode kernel writes float32 partial results of a part of the keys each, for the combine kernel.
+    split: blocks of the decode kernel take a part of the keys each, and their float32 results are combined.
     block_sparse, dropout: blocks left out by a list, weights dropped at random.
     """
 
@@ -83,13 +83,44 @@ class AttentionProblem:
             value = getattr(self, name)
             if value % 8 or not 8 <= value <= MAX_HEAD_DIM:
                 raise ValueError(f"{name}: expected a multiple of 8 from 8 to {MAX_HEAD_DIM}, got {value}")
+        if self.split and not self.decode:
+            raise ValueError("split: expected False where decode is, got True")
 
     @property
     def paged(self) -> bool:
-        """Keys and values are reached through a page table."""
+        """k and v are pools with a page table."""
         return self.page_size > 0
 
     @property
     def varlen(self) -> bool:
         """Lengths differ between the sequences of a batch."""
         return self.packed_q or self.packed_k or self.seqused_q or self.seqused_k
+
+
+@dataclass(frozen=True, slots=True)
+class CombineProblem:
+    """One combine of partial results, up to sizes that are only known at run time, the number of parts among them.
+
+    dtype: of out, "bfloat16", "float16" or "float32"; the parts are float32.
+    head_dim_v: columns of out, a multiple of 8 up to 256.
+    lse: the log-sum-exp is written.
+    packed: (total_q, heads, head_dim_v) with cu_seqlens, or as one sequence without; else (batch, seqlen_q, ...).
+    cu_seqlens: only rows that a sequence names are written. seqused: rows beyond it become 0, their lse -inf.
+    sink: dtype of learnable_sink, "bfloat16" or "float32"; "" without.
+    """
+
+    dtype: str
+    head_dim_v: int
+    lse: bool = False
+    packed: bool = False
+    cu_seqlens: bool = False
+    seqused: bool = False
+    sink: str = ""
+
+    def __post_init__(self) -> None:
+        if self.dtype not in (*DTYPES, "float32"):
+            raise ValueError(f"dtype: expected one of {(*DTYPES, 'float32')}, got {self.dtype!r}")
+        if self.head_dim_v % 8 or not 8 <= self.head_dim_v <= MAX_HEAD_DIM:
+            raise ValueError(f"head_dim_v: expected a multiple of 8 from 8 to {MAX_HEAD_DIM}, got {self.head_dim_v}")
+        if self.sink not in ("", "bfloat16", "float32"):
+            raise ValueError(f"sink: expected '', 'bfloat16' or 'float32', got {self.sink!r}")

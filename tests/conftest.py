@@ -4,10 +4,13 @@ import os
 from dataclasses import dataclass
 
 import pytest
+import stand_in
 import torch
 
-from flash_attn_sm120 import interface
-from flash_attn_sm120.arguments import Arguments, Lengths
+from flash_attn_sm120 import calls, dispatch, launchers
+from flash_attn_sm120.arguments import Arguments, CombineArguments, Lengths, Modifiers, Partials
+from flash_attn_sm120.launchers import launches_on_cpu
+from flash_attn_sm120.problem import CombineProblem
 
 
 @dataclass(frozen=True)
@@ -44,11 +47,12 @@ def gpu():
 @pytest.fixture
 def plain_kernel_only(monkeypatch):
     """No problem goes through TMA; what was compiled before is set aside."""
-    from flash_attn_sm120 import compile, dispatch
+    from flash_attn_sm120 import compile
     from flash_attn_sm120.simulator import attention
 
     monkeypatch.setattr(dispatch, "can_implement", lambda kernel, problem, arch: kernel == "forward")
-    for module, name in ((interface, "_calls"), (interface, "_launchers"), (compile, "_loaded")):
+    monkeypatch.setattr(dispatch, "use_decode", lambda *_: False)
+    for module, name in ((calls, "known"), (launchers, "_launchers"), (compile, "_loaded")):
         monkeypatch.setattr(module, name, {})
     monkeypatch.setattr(attention, "artifact", attention.artifact.__wrapped__)
 
@@ -61,21 +65,27 @@ def seed(request):
 
 
 class Recorder:
-    """Stands in for the kernels: keeps what the interface would launch, and writes ones."""
+    """Stands in for the kernels: keeps what the interface would launch, and writes ones.
+
+    calls: Arguments or CombineArguments; partials: of each call of the decode kernel."""
 
     def __init__(self):
-        self.problems, self.calls = [], []
+        self.problems, self.calls, self.partials = [], [], []
 
     def load(self, problem):
         self.problems.append(problem)
 
         def launch(*arguments):
-            named = Arguments(*arguments)
-            self.calls.append(named._replace(lengths=Lengths(*named.lengths)))
-            out, lse = arguments[3:5]
-            out.fill_(1.0)
-            if lse is not None:
-                lse.fill_(2.0)
+            if isinstance(problem, CombineProblem):
+                named = CombineArguments(*arguments)
+            else:
+                named = Arguments(*arguments[:8])
+                named = named._replace(lengths=Lengths(*named.lengths), modifiers=Modifiers(*named.modifiers))
+                self.partials += [partials and Partials(*partials) for partials in arguments[8:]]
+            self.calls.append(named)
+            named.out.fill_(1.0)
+            if named.lse is not None:
+                named.lse.fill_(2.0)
 
         return launch
 
@@ -83,5 +93,22 @@ class Recorder:
 @pytest.fixture
 def recorder():
     recorder = Recorder()
-    with interface.launches_on_cpu(recorder.load):
+    with launches_on_cpu(recorder.load):
         yield recorder
+
+
+@pytest.fixture
+def all_offered(monkeypatch):
+    """Every feature has a kernel, as far as the dispatcher knows."""
+    for kernel, excluded in {"forward": ("decode", "split"), "decode": (), "combine": ()}.items():
+        monkeypatch.setitem(dispatch.EXCLUDED, kernel, excluded)
+    monkeypatch.setitem(dispatch.TILES, "decode", dispatch.TILES.get("decode", dispatch.FORWARD_TILES))
+    monkeypatch.setitem(dispatch.LOADING_WARPS, "decode", 0)
+    monkeypatch.setattr(calls, "known", {})
+
+
+@pytest.fixture
+def reference_kernels(all_offered):
+    """Every problem is computed by the reference, on a CPU."""
+    with launches_on_cpu(stand_in.load):
+        yield

@@ -5,7 +5,8 @@ import torch
 from oracle import marks, rand
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from flash_attn_sm120 import flash_attn_func, flash_attn_varlen_func, interface
+from flash_attn_sm120 import flash_attn_func, flash_attn_varlen_func
+from flash_attn_sm120.launchers import launches_on_cpu
 
 
 class Operations(TorchDispatchMode):
@@ -22,7 +23,7 @@ class Operations(TorchDispatchMode):
 
 @pytest.fixture
 def no_kernel():
-    with interface.launches_on_cpu(lambda problem: lambda *arguments: None):
+    with launches_on_cpu(lambda problem: lambda *arguments: None):
         yield
 
 
@@ -72,3 +73,22 @@ def test_a_launcher_is_found_once(gpu, monkeypatch):
     for rows in (1, 30, 500):
         q = rand(gpu, 2, rows, 6, 64)
         flash_attn_func(q, q[:, :, :2], q[:, :, :2], softcap=12.0, softmax_scale=0.3)
+
+
+def test_tickets_are_a_streams_own_and_a_captured_launch_has_new_ones(gpu):
+    from flash_attn_sm120.workspace import tickets
+
+    device, other = torch.zeros(1, device=gpu).device, torch.cuda.Stream()
+    first = tickets(9, device)
+    assert (first == 0).all() and first.numel() >= 9 and tickets(5, device) is first
+    with torch.cuda.stream(other):
+        assert tickets(9, device) is not first
+    assert tickets(first.numel() + 1, device).numel() > first.numel()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        one, two = tickets(9, device), tickets(9, device)
+    assert one.data_ptr() != two.data_ptr()
+    one.fill_(7)
+    graph.replay()
+    assert (one == 0).all()

@@ -15,7 +15,7 @@ from flash_attn_sm120.problem import AttentionProblem
 BF16 = torch.bfloat16
 
 
-def make(batch=2, seqlen_q=9, seqlen_k=11, heads=4, heads_kv=2, head_dim=64, head_dim_v=64, dtype=BF16):
+def make(batch=2, seqlen_q=19, seqlen_k=21, heads=4, heads_kv=2, head_dim=64, head_dim_v=64, dtype=BF16):
     shapes = [(batch, seqlen_q, heads, head_dim), (batch, seqlen_k, heads_kv, head_dim)]
     shapes.append((batch, seqlen_k, heads_kv, head_dim_v))
     return [torch.randn(shape).to(dtype) for shape in shapes]
@@ -29,33 +29,33 @@ def test_defaults(recorder):
     assert call[0] is q and call[1] is k and call[2] is v and call[3] is out
     assert call.lse is None and set(call.lengths) == set(call.modifiers) == {None}
     assert call.numbers[:4] == (1 / math.sqrt(64), 0.0, UNBOUNDED, UNBOUNDED)
-    assert out.shape == (2, 9, 4, 32) and out.dtype == BF16 and out.is_contiguous()
+    assert out.shape == (2, 19, 4, 32) and out.dtype == BF16 and out.is_contiguous()
 
 
 def test_packed(recorder):
-    q, k, v = torch.randn(9, 4, 64).half(), torch.randn(11, 1, 64).half(), torch.randn(11, 1, 64).half()
-    cu_q, cu_k = (torch.tensor([0, 3, n], dtype=torch.int32) for n in (9, 11))
+    q, k, v = torch.randn(29, 4, 64).half(), torch.randn(11, 1, 64).half(), torch.randn(11, 1, 64).half()
+    cu_q, cu_k = (torch.tensor([0, 3, n], dtype=torch.int32) for n in (29, 11))
     used = torch.tensor([1, 2], dtype=torch.int32)
-    out, lse = flash_attn_varlen_func(q, k, v, cu_q, cu_k, 6, 8, seqused_k=used, softcap=3, return_lse=True)
+    out, lse = flash_attn_varlen_func(q, k, v, cu_q, cu_k, 26, 8, seqused_k=used, softcap=3, return_lse=True)
     features = {"softcap": True, "lse": True, "packed_q": True, "packed_k": True, "seqused_k": True}
     assert recorder.problems == [AttentionProblem("float16", 64, 64, **features)]
     (call,) = recorder.calls
     assert call.lse is lse and call.lengths.cu_seqlens_q is cu_q and call.lengths.cu_seqlens_k is cu_k
     assert call.lengths.seqused_q is None and call.lengths.seqused_k is used
     assert call.numbers.softcap == 3.0
-    assert out.shape == (9, 4, 64) and lse.shape == (4, 9) and lse.dtype == torch.float32
+    assert out.shape == (29, 4, 64) and lse.shape == (4, 29) and lse.dtype == torch.float32
 
 
 @pytest.mark.parametrize("packed_q", [False, True])
 def test_one_side_packed(packed_q, recorder):
     q, k, v = make()
-    cu = torch.tensor([0, 4, 9], dtype=torch.int32)
+    cu = torch.tensor([0, 4, 19], dtype=torch.int32)
     if packed_q:
         out, lse = flash_attn_varlen_func(q[0], k, v, cu, return_lse=True)
-        assert out.shape == (9, 4, 64) and lse.shape == (4, 9)
+        assert out.shape == (19, 4, 64) and lse.shape == (4, 19)
     else:
         out, lse = flash_attn_varlen_func(q, k[0], v[0], None, cu, return_lse=True)
-        assert out.shape == (2, 9, 4, 64) and lse.shape == (2, 4, 9)
+        assert out.shape == (2, 19, 4, 64) and lse.shape == (2, 4, 19)
     (problem,) = recorder.problems
     assert (problem.packed_q, problem.packed_k) == (packed_q, not packed_q)
 
@@ -94,7 +94,7 @@ def test_out_is_written_in_place(recorder):
 
 
 def test_strides_that_kernels_read_are_not_copied(recorder):
-    q, k, v = make(seqlen_q=11, heads=2)
+    q, k, v = make(seqlen_q=21, heads=2)
     fused = torch.stack((q, k, v), dim=2)
     heads_first = torch.randn(2, 2, 11, 64, dtype=BF16).transpose(1, 2)
     for inputs in (fused.unbind(2), [heads_first] * 3, [k.expand(2, -1, -1, -1)[:1].expand(3, -1, -1, -1)] * 3):
@@ -105,11 +105,11 @@ def test_strides_that_kernels_read_are_not_copied(recorder):
 
 
 def odd_tensors():
-    wide = torch.randn(2, 9, 4, 65, dtype=BF16)
-    flat = torch.randn(2 * 9 * 4 * 64 + 8, dtype=BF16)
+    wide = torch.randn(2, 19, 4, 65, dtype=BF16)
+    flat = torch.randn(2 * 19 * 4 * 64 + 8, dtype=BF16)
     return {
         "row stride": wide[..., :64],
-        "address": flat[1 : 1 + 2 * 9 * 4 * 64].view(2, 9, 4, 64),
+        "address": flat[1 : 1 + 2 * 19 * 4 * 64].view(2, 19, 4, 64),
         "both": wide[..., 1:],
     }
 
@@ -147,7 +147,7 @@ def test_out_of_other_strides_is_filled_all_the_same(case, recorder):
 
 @pytest.mark.parametrize("which", range(3))
 def test_out_over_an_input(which, recorder):
-    inputs = make(seqlen_q=11, heads=2)
+    inputs = make(seqlen_q=21, heads=2)
     out = inputs[which]
     assert flash_attn_func(*inputs, out=out) is out
     assert recorder.calls[0][3].data_ptr() != out.data_ptr()
@@ -194,8 +194,8 @@ def test_public_names():
 
 def test_a_repeated_dimension_never_meets_a_tensor_map(recorder):
     """Also where the batch of one has an odd stride, which the interface mends without a copy."""
-    q = torch.randn(1, 6, 4, 64).bfloat16()
-    k = torch.randn(6, 1, 64).bfloat16().expand(6, 4, 64).as_strided((1, 6, 4, 64), (3, 64, 0, 1))
+    q = torch.randn(1, 26, 4, 64).bfloat16()
+    k = torch.randn(26, 1, 64).bfloat16().expand(26, 4, 64).as_strided((1, 26, 4, 64), (3, 64, 0, 1))
     flash_attn_func(q, k, k)
     assert recorder.calls[0][1].stride(2) == 0
     assert not recorder.problems[0].tma_strides

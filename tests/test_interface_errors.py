@@ -126,9 +126,8 @@ def test_wrong_call(call, changes, kind, argument, parts):
 
 
 NOT_YET = {
-    "dropout_p": 0.1, "num_splits": 4, "page_table": ints(0), "block_table": ints(0), "learnable_sink": t(4),
-    "s_aux": t(4), "alibi_slopes": t(4), "score_mod": lambda *_: 0, "mask_mod": lambda *_: True, "aux_tensors": [t(1)],
-    "block_sparse_tensors": (), "q_descale": t(1), "k_descale": t(1), "v_descale": t(1), "return_attn_probs": True,
+    "dropout_p": 0.1, "score_mod": lambda *_: 0, "mask_mod": lambda *_: True, "aux_tensors": [t(1)],
+    "block_sparse_tensors": (), "q_descale": t(1), "return_attn_probs": True,
 }  # fmt: skip
 
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 from oracle import assert_right, ints, marks, rand, variant_name
 
-from flash_attn_sm120 import interface
+from flash_attn_sm120 import calls, launchers
 from flash_attn_sm120.dispatch import variants
 from flash_attn_sm120.problem import AttentionProblem
 
@@ -46,12 +46,11 @@ def run_variant(problem: AttentionProblem, device: torch.device) -> None:
 @pytest.mark.parametrize("problem", variants(), ids=variant_name)
 def test_variant(problem, device, monkeypatch):
     met = []
-    load = interface._load
-    monkeypatch.setattr(interface, "_load", lambda *key: met.append(key[:-1]) or load(*key))
-    interface._calls.clear()
+    load = launchers.load
+    monkeypatch.setattr(launchers, "load", lambda problem, device: met.append(problem) or load(problem, device))
+    calls.forget()
     run_variant(problem, device.torch_device)
-    (key,) = met
-    assert AttentionProblem(str(key[0]).removeprefix("torch."), *key[1:]) == problem
+    assert met == [problem]
 
 
 if __name__ == "__main__":

@@ -5,9 +5,10 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-from flash_attn_sm120.arguments import Arguments, Lengths, Modifiers, Numbers
+from flash_attn_sm120.arguments import Arguments, CombineArguments, Lengths, Modifiers, Numbers
+from flash_attn_sm120.problem import CombineProblem
 
 from .launch import Simulation, active, launch, simulation
 
@@ -16,7 +17,7 @@ if TYPE_CHECKING:
 
 
 @functools.lru_cache(maxsize=128)
-def artifact(problem: AttentionProblem, arch: str) -> Any:
+def artifact(problem: AttentionProblem | CombineProblem, arch: str) -> Any:
     """The problem's kernel as dispatch and compile make it, with its PTX kept."""
     from flash_attn_sm120.compile import build
     from flash_attn_sm120.dispatch import choose
@@ -24,25 +25,39 @@ def artifact(problem: AttentionProblem, arch: str) -> Any:
     return build(problem, choose(problem, arch), arch, keep=True)
 
 
-def load(problem: AttentionProblem, arch: str | None = None) -> Callable[..., None]:
+class _Partials(NamedTuple):
+    """arguments.Partials under names of their own, for reports."""
+
+    out_partial: Any
+    lse_partial: Any
+    tickets: Any
+
+
+def load(problem: AttentionProblem | CombineProblem, arch: str | None = None) -> Callable[..., None]:
     """The launcher for a problem that runs on the interpreter: compile.load's arguments, as CPU tensors."""
     current = active()
     kernel = artifact(problem, arch or (current.arch if current else "sm_120a"))
 
     def run(*values: Any) -> None:
-        given = Arguments(*values)
+        given, rest = Arguments(*values[: len(Arguments._fields)]), values[len(Arguments._fields) :]
+        lengths = Lengths(*given.lengths)
         arguments = given._replace(
-            lengths=Lengths(*given.lengths), modifiers=Modifiers(*given.modifiers), numbers=Numbers(*given.numbers)
+            lengths=lengths, modifiers=Modifiers(*given.modifiers), numbers=Numbers(*given.numbers)
         )
-        outputs = _outputs(problem, arguments.out, arguments.lse, arguments.lengths.cu_seqlens_q)
-        launch(kernel, arguments, names=Arguments._fields, outputs=outputs)
+        partials = [None if part is None else _Partials(*part) for part in rest]
+        outputs = _outputs(given.out, given.lse, lengths.cu_seqlens_q)
+        launch(kernel, (*arguments, *partials), names=(*Arguments._fields, "partials")[: len(values)], outputs=outputs)
 
-    return run
+    def run_combine(*values: Any) -> None:
+        given = CombineArguments(*values)
+        launch(kernel, given, names=given._fields, outputs=_outputs(given.out, given.lse, given.cu_seqlens))
+
+    return run_combine if isinstance(problem, CombineProblem) else run
 
 
-def _outputs(problem: AttentionProblem, out: Any, lse: Any | None, cu_seqlens_q: Any | None) -> dict[str, Any]:
+def _outputs(out: Any, lse: Any | None, cu_seqlens_q: Any | None) -> dict[str, Any]:
     """What the kernel must write: every row of the sequences; packed rows behind the last sequence stay as they are."""
-    rows = int(cu_seqlens_q[-1]) if problem.packed_q else None
+    rows = int(cu_seqlens_q[-1]) if cu_seqlens_q is not None else None
     parts = {"out": out if rows is None else out[:rows]}
     if lse is not None:
         parts["lse"] = lse if rows is None else lse[:, :rows]
@@ -60,7 +75,7 @@ def simulate(
     Raises ValueError for another arch, SimulationError where the checker finds a fault, UnsupportedInstruction for PTX
     that the interpreter doesn't know.
     """
-    from flash_attn_sm120.interface import launches_on_cpu
+    from flash_attn_sm120.launchers import launches_on_cpu
 
     with simulation(arch, edit, batch_warps) as current, launches_on_cpu(functools.partial(load, arch=arch)):
         yield current

@@ -1,0 +1,30 @@
+"""Memory that the blocks of a split launch share: partial results, and tickets, which are zeros between launches."""
+
+from __future__ import annotations
+
+import torch
+
+from flash_attn_sm120.calls import Call
+
+_tickets: dict[tuple[int, int], torch.Tensor] = {}  # of a device and stream, whose launches follow one another
+
+
+def partials(q: torch.Tensor, call: Call) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The fields of arguments.Partials. The first two are PyTorch's allocator's to reuse."""
+    out = q.new_empty((call.num_splits, *call.out_shape), dtype=torch.float32)
+    lse = q.new_empty((call.num_splits, *call.lse_rows), dtype=torch.float32)
+    return out, lse, tickets(call.tickets, q.device)
+
+
+def tickets(count: int, device: torch.device) -> torch.Tensor:
+    """At least `count` zeros that no other launch uses at the same time; a launch leaves them zeros.
+
+    A captured launch has its own, as nobody knows on which stream and beside which others its graph is replayed.
+    """
+    if device.type != "cuda" or torch.cuda.is_current_stream_capturing():
+        return torch.zeros(count, dtype=torch.int32, device=device)
+    key = (device.index, torch._C._cuda_getCurrentRawStream(device.index))
+    found = _tickets.get(key)
+    if found is None or found.numel() < count:
+        found = _tickets[key] = torch.zeros(max(count, 4096), dtype=torch.int32, device=device)
+    return found
