@@ -53,7 +53,7 @@ class Plan:
 
 @dataclass(frozen=True, slots=True)
 class TileRow:
-    """A row of a tile table: serves head dims up to (head_dim, head_dim_v) with one of `masks`."""
+    """A row of a tile table: serves head dims up to (head_dim, head_dim_v) with one of `masks`, and softcap or not."""
 
     head_dim: int
     head_dim_v: int
@@ -63,6 +63,11 @@ class TileRow:
     blocks_per_sm: int
     q_in_registers: bool = False
     masks: tuple[str, ...] = MASKS
+    softcap: bool = True
+
+    def serves(self, problem: AttentionProblem) -> bool:
+        fits = problem.head_dim <= self.head_dim and problem.head_dim_v <= self.head_dim_v
+        return fits and problem.mask in self.masks and self.softcap >= problem.softcap
 
 
 # 32 rows a warp where registers and shared memory allow it (half the shared-memory reads), 16 above head_dim 128, where
@@ -74,15 +79,21 @@ FORWARD_TILES = (
     TileRow(192, 192, tile_m=128, tile_n=64, num_warps=8, blocks_per_sm=1, q_in_registers=True),
     TileRow(256, 256, tile_m=128, tile_n=32, num_warps=8, blocks_per_sm=1, q_in_registers=True),
 )
-# The larger tile is the faster one under a causal mask, and doesn't fit its registers under the others.
+# The larger tile is the faster one under a causal mask, and doesn't fit its registers under the others or with softcap.
 FORWARD_TMA_TILES = (
     *FORWARD_TILES[:2],
-    TileRow(128, 128, tile_m=256, tile_n=64, num_warps=8, blocks_per_sm=1, masks=("causal",)),
+    TileRow(128, 128, tile_m=256, tile_n=64, num_warps=8, blocks_per_sm=1, masks=("causal",), softcap=False),
     *FORWARD_TILES[2:],
 )
 TILES = {"forward": FORWARD_TILES, "forward_tma": FORWARD_TMA_TILES}
-LOADING_REGISTERS = 24
-MATRIX_REGISTERS = {8: 240, 4: 232}  # by matrix warps; with the loading warps', what a launch of equal shares had
+# A thread's registers once they have changed hands, loading and matrix, by kernel and matrix warps: together what the
+# equal shares of the launch had.
+REGISTERS = {
+    ("forward", 4): (32, 224),
+    ("forward", 8): (24, 240),
+    ("forward_tma", 4): (24, 232),
+    ("forward_tma", 8): (24, 240),
+}
 
 
 def smem_bytes(problem: AttentionProblem, row: TileRow) -> int:
@@ -155,17 +166,14 @@ def compute_capability(arch: str) -> int:
 
 def plan_for(kernel: str, problem: AttentionProblem, arch: str = "sm_120a") -> Plan:
     """The kernel's plan, whether or not the dispatcher would take it."""
-    row = next(
-        row
-        for row in TILES[kernel]
-        if problem.head_dim <= row.head_dim and problem.head_dim_v <= row.head_dim_v and problem.mask in row.masks
-    )
+    row = next(row for row in TILES[kernel] if row.serves(problem))
     plan = Plan(
         kernel, row.tile_m, row.tile_n, row.num_warps, row.blocks_per_sm, smem_bytes(problem, row), row.q_in_registers
     )
     if compute_capability(arch) < 9:  # registers can't change hands, so one block has all of them
         return replace(plan, blocks_per_sm=1)
-    return replace(plan, loading_registers=LOADING_REGISTERS, matrix_registers=MATRIX_REGISTERS[row.num_warps])
+    loading, matrix = REGISTERS[kernel, row.num_warps]
+    return replace(plan, loading_registers=loading, matrix_registers=matrix)
 
 
 def choose(problem: AttentionProblem | CombineProblem, arch: str = "sm_120a") -> Plan | None:

@@ -17,7 +17,7 @@ from flash_attn_sm120.device.epilogue import stage_output, store_lse, store_outp
 from flash_attn_sm120.device.fragments import accumulators
 from flash_attn_sm120.device.gemm import pv_product, qk_product
 from flash_attn_sm120.device.mask import apply_mask
-from flash_attn_sm120.device.ptx import lane_anew, mbarrier_arrive
+from flash_attn_sm120.device.ptx import mbarrier_arrive, mbarrier_arrive_elected, thread_anew
 from flash_attn_sm120.device.scheduler import (
     Tile,
     read_block_count,
@@ -146,7 +146,7 @@ class ForwardTile:
     def sees(self, n: Int32) -> cutlass.Boolean:
         """Whether any row of the warp sees any column of the block; a branch here costs nothing, unlike one inside."""
         first_row, shift, _ = read_mask_bounds(self.note)
-        diagonal = first_row + self.warp_row + shift
+        diagonal = first_row + thread_anew() // 32 * self.config.warp_rows + shift
         visible = cutlass.Boolean(True)
         if self.window_right is not None:
             visible = n * self.config.plan.tile_n <= diagonal + (self.config.warp_rows - 1) + self.window_right
@@ -154,11 +154,17 @@ class ForwardTile:
             visible = visible & ((n + 1) * self.config.plan.tile_n > diagonal - self.window_left)
         return visible
 
+    def arrive(self, name: str) -> None:
+        """The warp is done with a tile."""
+        if self.config.plan.hands_over_registers:
+            mbarrier_arrive_elected(self.bars[name].toint())
+        else:
+            mbarrier_arrive(self.bars[name].toint(), Int32(self.lane == 0))
+
     def skip(self, phase: Int32) -> None:
-        first_lane = Int32(self.lane == 0)
         for name in ("k", "v"):
             cute.arch.mbarrier_wait(self.bars[name + "_full"], phase)
-            mbarrier_arrive(self.bars[name + "_free"].toint(), first_lane)
+            self.arrive(name + "_free")
 
     def keep_q(self) -> dict[tuple[int, int], list[Int32]]:
         """Q in registers: reading it anew for each block would bind where a warp has 16 rows."""
@@ -167,13 +173,12 @@ class ForwardTile:
         return {(row, col): sQ.load(row, col) for row, col in places}
 
     def block(self, n: Int32, phase: Int32, masked: bool) -> None:
-        first_lane = Int32(self.lane == 0)
         cute.arch.mbarrier_wait(self.bars["k_full"], phase)
         self.scores()
-        mbarrier_arrive(self.bars["k_free"].toint(), first_lane)
+        self.arrive("k_free")
         cute.arch.mbarrier_wait(self.bars["v_full"], phase)
         self.accumulate(n, masked)
-        mbarrier_arrive(self.bars["v_free"].toint(), first_lane)
+        self.arrive("v_free")
 
     def scores(self) -> None:
         config = self.config
@@ -194,8 +199,9 @@ class ForwardTile:
 
     def mask(self, n: Int32) -> None:
         first_row, shift, seqlen_k = read_mask_bounds(self.note)
-        row, col = first_row + self.warp_row, n * self.config.plan.tile_n
-        apply_mask(self.tSrS, row, col, lane_anew(), seqlen_k, shift, self.window_left, self.window_right)
+        thread = thread_anew()
+        row, col = first_row + thread // 32 * self.config.warp_rows, n * self.config.plan.tile_n
+        apply_mask(self.tSrS, row, col, thread % 32, seqlen_k, shift, self.window_left, self.window_right)
 
     def store(self, mO: cute.Tensor, mLSE: cute.Tensor | None) -> None:
         """Rows beyond the used length but inside the sequence's room become 0 and -inf."""

@@ -116,15 +116,22 @@ def mbarrier_arrive(shared: Int32, enabled: Int32, *, loc=None, ip=None) -> None
 
 
 @dsl_user_op
+def mbarrier_arrive_elected(shared: Int32, *, loc=None, ip=None) -> None:
+    """Counts one arrival of the warp at the mbarrier, without a register that knows the lane. From sm_90 on."""
+    text = "{ .reg .pred p; elect.sync _|p, 0xffffffff; @p mbarrier.arrive.shared.b64 _, [$0]; }"
+    _asm(None, [Int32(shared).ir_value(loc=loc, ip=ip)], text, "r", volatile=True, loc=loc, ip=ip)
+
+
+@dsl_user_op
 def fma(a: Float32, b: Float32, c: Float32, *, loc=None, ip=None) -> Float32:
     operands = [Float32(x).ir_value(loc=loc, ip=ip) for x in (a, b, c)]
     return Float32(_asm(T.f32(), operands, "fma.rn.f32 $0, $1, $2, $3;", "=f,f,f,f", volatile=False, loc=loc, ip=ip))
 
 
 @dsl_user_op
-def lane_anew(*, loc=None, ip=None) -> Int32:
-    """The lane, read where it stands: nothing that is computed from it holds a register before."""
-    return Int32(_asm(T.i32(), [], "mov.u32 $0, %laneid;", "=r", volatile=True, loc=loc, ip=ip))
+def thread_anew(*, loc=None, ip=None) -> Int32:
+    """The thread in its block, read where it stands: nothing that is computed from it holds a register before."""
+    return Int32(_asm(T.i32(), [], "mov.u32 $0, %tid.x;", "=r", volatile=True, loc=loc, ip=ip))
 
 
 @dsl_user_op
