@@ -155,7 +155,8 @@ class ForwardTile:
         return visible
 
     def arrive(self, name: str) -> None:
-        """The warp is done with a tile."""
+        """The warp is done with a tile: one lane says so for all, once all have read."""
+        cute.arch.sync_warp()
         if self.config.plan.hands_over_registers:
             mbarrier_arrive_elected(self.bars[name].toint())
         else:
@@ -212,6 +213,7 @@ class ForwardTile:
         constant = -0.5 * self.cap_scale if problem.softcap else 0.0
         factors, lses = self.softmax.finish(row + self.lane // 4, seq_q.length, constant)
         shared = self.shared + self.warp_row * layout.row_bytes
+        cute.arch.sync_warp()
         stage_output(layout, shared, self.tOrO, factors, self.lane, config.dtype)
         cute.arch.sync_warp()
         address, stride = head_address(mO, seq_q, head, problem.packed_q)
