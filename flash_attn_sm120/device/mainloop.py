@@ -17,7 +17,7 @@ from flash_attn_sm120.device.epilogue import stage_output, store_lse, store_outp
 from flash_attn_sm120.device.fragments import accumulators
 from flash_attn_sm120.device.gemm import pv_product, qk_product
 from flash_attn_sm120.device.mask import apply_mask
-from flash_attn_sm120.device.ptx import mbarrier_arrive, mbarrier_arrive_elected, thread_anew
+from flash_attn_sm120.device.ptx import mbarrier_arrive_after, thread_anew
 from flash_attn_sm120.device.scheduler import (
     Tile,
     read_block_count,
@@ -154,18 +154,18 @@ class ForwardTile:
             visible = visible & ((n + 1) * self.config.plan.tile_n > diagonal - self.window_left)
         return visible
 
-    def arrive(self, name: str) -> None:
-        """The warp is done with a tile: one lane says so for all, once all have read."""
+    def arrive(self, name: str, results: cute.Tensor | None) -> None:
+        """The warp is done with a tile, one lane says so for all. results: the accumulators that its reads went into;
+        reads return in their order, so the last of them stand for all."""
         cute.arch.sync_warp()
-        if self.config.plan.hands_over_registers:
-            mbarrier_arrive_elected(self.bars[name].toint())
-        else:
-            mbarrier_arrive(self.bars[name].toint(), Int32(self.lane == 0))
+        last = [] if results is None else [results[0, n, 0] for n in range(results.shape[1])[-2:]]
+        elected = self.config.plan.hands_over_registers
+        mbarrier_arrive_after(self.bars[name].toint(), last, None if elected else Int32(self.lane == 0))
 
     def skip(self, phase: Int32) -> None:
         for name in ("k", "v"):
             cute.arch.mbarrier_wait(self.bars[name + "_full"], phase)
-            self.arrive(name + "_free")
+            self.arrive(name + "_free", None)
 
     def keep_q(self) -> dict[tuple[int, int], list[Int32]]:
         """Q in registers: reading it anew for each block would bind where a warp has 16 rows."""
@@ -176,10 +176,10 @@ class ForwardTile:
     def block(self, n: Int32, phase: Int32, masked: bool) -> None:
         cute.arch.mbarrier_wait(self.bars["k_full"], phase)
         self.scores()
-        self.arrive("k_free")
+        self.arrive("k_free", self.tSrS)
         cute.arch.mbarrier_wait(self.bars["v_full"], phase)
         self.accumulate(n, masked)
-        self.arrive("v_free")
+        self.arrive("v_free", self.tOrO)
 
     def scores(self) -> None:
         config = self.config

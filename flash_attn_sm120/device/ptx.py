@@ -14,6 +14,8 @@ from cutlass._mlir import ir
 from cutlass._mlir.dialects import llvm
 from cutlass.cutlass_dsl import T, dsl_user_op
 
+SIGNALLING_NAN = 0x7F812345
+
 
 def _asm(result: ir.Type | None, operands: list, text: str, constraints: str, *, volatile: bool, loc=None, ip=None):
     return llvm.inline_asm(
@@ -108,18 +110,25 @@ reciprocal = _unary("rcp.approx.ftz.f32")
 
 
 @dsl_user_op
-def mbarrier_arrive(shared: Int32, enabled: Int32, *, loc=None, ip=None) -> None:
-    """Counts one arrival at the mbarrier, none where enabled is 0; predicated, as a branch would split the block."""
-    operands = [Int32(shared).ir_value(loc=loc, ip=ip), Int32(enabled).ir_value(loc=loc, ip=ip)]
-    text = "{ .reg .pred p; setp.ne.b32 p, $1, 0; @p mbarrier.arrive.shared.b64 _, [$0]; }"
-    _asm(None, operands, text, "r,r", volatile=True, loc=loc, ip=ip)
+def mbarrier_arrive_after(
+    shared: Int32, results: Sequence[Float32], enabled: Int32 | None, *, loc=None, ip=None
+) -> None:
+    """Counts one arrival of the warp at the mbarrier, when the results are there.
 
-
-@dsl_user_op
-def mbarrier_arrive_elected(shared: Int32, *, loc=None, ip=None) -> None:
-    """Counts one arrival of the warp at the mbarrier, without a register that knows the lane. From sm_90 on."""
-    text = "{ .reg .pred p; elect.sync _|p, 0xffffffff; @p mbarrier.arrive.shared.b64 _, [$0]; }"
-    _asm(None, [Int32(shared).ir_value(loc=loc, ip=ip)], text, "r", volatile=True, loc=loc, ip=ip)
+    An arrival may overtake a read of shared memory that was issued before it, so it is made to depend on what the reads
+    went into: it happens unless a result has the bits of a signalling NaN, which no arithmetic gives.
+    enabled: 1 in the one lane that arrives; None lets the chip elect it, from sm_90 on.
+    """
+    operands = [Int32(shared).ir_value(loc=loc, ip=ip)] + [Float32(x).ir_value(loc=loc, ip=ip) for x in results]
+    constraints = "r" + ",f" * len(results)
+    lane = "elect.sync _|p, 0xffffffff;"
+    if enabled is not None:
+        lane = f"setp.ne.b32 p, ${len(operands)}, 0;"
+        operands.append(Int32(enabled).ir_value(loc=loc, ip=ip))
+        constraints += ",r"
+    there = "".join(f"mov.b32 x, ${i + 1}; setp.ne.and.b32 p, x, {SIGNALLING_NAN}, p; " for i in range(len(results)))
+    text = f"{{ .reg .pred p; .reg .b32 x; {lane} {there}@p mbarrier.arrive.shared.b64 _, [$0]; }}"
+    _asm(None, operands, text, constraints, volatile=True, loc=loc, ip=ip)
 
 
 @dsl_user_op
