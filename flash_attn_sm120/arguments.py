@@ -53,3 +53,13 @@ class Arguments(NamedTuple):
     lengths: Lengths = Lengths()
     modifiers: Modifiers = Modifiers()
     numbers: Numbers = Numbers()
+
+
+class Partials(NamedTuple):
+    """What a split decode leaves for its combination, uninitialised; the last argument of a launcher that splits.
+
+    The most parts that a sequence is cut into is the size of the first dimension.
+    """
+
+    out: Any  # (num_splits, *q.shape[:-1], head_dim_v) float32
+    lse: Any  # (num_splits, *shape of lse) float32

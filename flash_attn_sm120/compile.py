@@ -11,14 +11,25 @@ import cutlass
 from cutlass import Float32, Int32, cute
 from cutlass.cute.runtime import make_fake_stream, make_fake_tensor
 
-from flash_attn_sm120.arguments import Arguments, Lengths, Modifiers, Numbers
+from flash_attn_sm120.arguments import Arguments, Lengths, Modifiers, Numbers, Partials
 from flash_attn_sm120.dispatch import Plan, choose
+from flash_attn_sm120.kernels.decode import FlashAttentionDecodeSm120
 from flash_attn_sm120.kernels.forward import FlashAttentionForwardSm120
 from flash_attn_sm120.kernels.forward_tma import FlashAttentionForwardSm120Tma
 from flash_attn_sm120.problem import AttentionProblem
 
-KERNELS = {"forward": FlashAttentionForwardSm120, "forward_tma": FlashAttentionForwardSm120Tma}
-DTYPES = {"bfloat16": cutlass.BFloat16, "float16": cutlass.Float16}
+KERNELS = {
+    "forward": FlashAttentionForwardSm120,
+    "forward_tma": FlashAttentionForwardSm120Tma,
+    "decode": FlashAttentionDecodeSm120,
+}
+DTYPES = {
+    "bfloat16": cutlass.BFloat16,
+    "float16": cutlass.Float16,
+    "float32": Float32,
+    "float8_e4m3fn": cutlass.Float8E4M3FN,
+    "float8_e5m2": cutlass.Float8E5M2,
+}
 
 _loaded: dict[tuple[AttentionProblem, str], Callable] = {}
 _lock = threading.Lock()
@@ -54,15 +65,38 @@ def build(problem: AttentionProblem, plan: Plan, arch: str, keep: bool = False):
 def _signature(problem: AttentionProblem) -> tuple:
     """The arguments of a kernel's __call__ as types: sizes and strides stay symbolic."""
     dtype = DTYPES[problem.dtype]
+    kv_dtype = DTYPES[problem.kv_dtype or problem.dtype]
     rank_q, rank_k = (3 if packed else 4 for packed in (problem.packed_q, problem.packed_k))
     q, out = _matrix(dtype, rank_q), _matrix(dtype, rank_q)
-    k, v = _matrix(dtype, rank_k), _matrix(dtype, rank_k)
+    k, v = (_matrix(kv_dtype, rank_k, divisibility=128 // kv_dtype.width) for _ in range(2))
     lse = _matrix(Float32, rank_q - 1, align=4, divisibility=1) if problem.lse else None
-    flags = (problem.packed_q, problem.packed_k, problem.seqused_q, problem.seqused_k)
-    lengths = Lengths(*[_lengths() if given else None for given in flags])
     numbers = Numbers(Float32(0), Float32(0), *[Int32(0)] * (len(Numbers._fields) - 2))
-    arguments = Arguments(q, k, v, out, lse, lengths, Modifiers(), numbers)
-    return (*arguments, make_fake_stream(use_tvm_ffi_env_stream=True))
+    arguments = Arguments(q, k, v, out, lse, _lengths_of(problem), _modifiers_of(problem), numbers)
+    partials = ()
+    if problem.decode:
+        partials = (None,)
+        if problem.split:
+            partial = _matrix(Float32, rank_q + 1, divisibility=4)
+            partials = (Partials(partial, _matrix(Float32, rank_q, align=4, divisibility=1)),)
+    return (*arguments, *partials, make_fake_stream(use_tvm_ffi_env_stream=True))
+
+
+def _lengths_of(problem: AttentionProblem) -> Lengths:
+    flags = (problem.packed_q, problem.packed_k, problem.seqused_q, problem.seqused_k)
+    table = _matrix(Int32, 2, align=4, divisibility=1) if problem.page_size else None
+    return Lengths(
+        *[_lengths() if given else None for given in flags], table, _lengths() if problem.context_parallel else None
+    )
+
+
+def _modifiers_of(problem: AttentionProblem) -> Modifiers:
+    def by_batch(given: bool):  # (batch, heads or heads_kv)
+        return _matrix(Float32, 2, align=4, divisibility=1) if given else None
+
+    sink = None
+    if problem.sink:
+        sink = make_fake_tensor(DTYPES[problem.sink], (cute.sym_int32(),), (1,), assumed_align=2)
+    return Modifiers(sink, by_batch(problem.alibi), by_batch(problem.k_descale), by_batch(problem.v_descale))
 
 
 def _matrix(dtype: type, rank: int, align: int = 16, divisibility: int = 8):

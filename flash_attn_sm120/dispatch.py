@@ -72,19 +72,67 @@ FORWARD_TMA_TILES = (
     TileRow(192, 192, tile_m=128, tile_n=64, num_warps=8, stages=1, blocks_per_sm=1),
     TileRow(256, 256, tile_m=128, tile_n=32, num_warps=8, stages=1, blocks_per_sm=1),
 )
-TILES = {"forward": FORWARD_TILES, "forward_tma": FORWARD_TMA_TILES}
-LOADING_WARPS = {"forward": 0, "forward_tma": 4}  # four, as registers change hands between groups of four warps
+# tile_n: keys of a granule. Blocks of 48 KB and few registers, as what is in flight decides, and 8 warps hide latency.
+DECODE_TILES = (
+    TileRow(64, 64, tile_m=16, tile_n=32, num_warps=4, stages=3, blocks_per_sm=2),
+    TileRow(128, 128, tile_m=16, tile_n=16, num_warps=4, stages=3, blocks_per_sm=2),
+    TileRow(256, 256, tile_m=16, tile_n=16, num_warps=4, stages=3, blocks_per_sm=1),
+)
+DECODE_FP8_TILES = (
+    TileRow(64, 64, tile_m=16, tile_n=32, num_warps=4, stages=5, blocks_per_sm=2),
+    TileRow(128, 128, tile_m=16, tile_n=32, num_warps=4, stages=3, blocks_per_sm=2),
+    TileRow(256, 256, tile_m=16, tile_n=16, num_warps=4, stages=3, blocks_per_sm=2),
+)
+TILES = {"forward": FORWARD_TILES, "forward_tma": FORWARD_TMA_TILES, "decode": DECODE_TILES}
+LOADING_WARPS = {"forward": 0, "forward_tma": 4, "decode": 0}  # four, as registers change hands between groups of four warps
 
 
 def smem_bytes(problem: AttentionProblem, row: TileRow) -> int:
     """Q, `stages` tiles of K and of V, a note and the barriers; out takes the tiles' place at the end."""
+    if problem.decode:
+        return decode_memory(problem, row.tile_m, row.tile_n, row.num_warps, row.stages).bytes
     d, dv = padded(problem.head_dim), padded(problem.head_dim_v)
     inputs = row.tile_m * d + row.stages * row.tile_n * (d + dv)
     return ELEMENT_BYTES * max(inputs, row.tile_m * dv) + TILE_NOTE_BYTES + BARRIER_BYTES
 
 
+@dataclass(frozen=True, slots=True)
+class DecodeMemory:
+    """Shared memory of a decode block. Columns are 16-bit ones: an 8-bit row counts half, padded to whole chunks.
+
+    A warp's ring of `ring_bytes` holds `stages` tiles of K or V, and in the end its O in rows of staged_row_bytes.
+    notes_offset: where each warp writes its statistics down.
+    """
+
+    columns_k: int
+    columns_v: int
+    columns_out: int
+    staged_row_bytes: int
+    ring_bytes: int
+    notes_offset: int
+    bytes: int
+
+
+def decode_memory(problem: AttentionProblem, tile_m: int, tile_n: int, num_warps: int, stages: int) -> DecodeMemory:
+    if problem.kv_dtype:
+        columns_k, columns_out = (-(-cols // 64) * 64 for cols in (problem.head_dim, problem.head_dim_v))
+        columns_k, columns_v = columns_k // 2, columns_out // 2
+    else:
+        columns_k, columns_v = padded(problem.head_dim), padded(problem.head_dim_v)
+        columns_out = columns_v
+    staged_row_bytes = (columns_out + 8) * 4  # eight rows fall in different banks
+    tile_bytes = ELEMENT_BYTES * tile_n * max(columns_k, columns_v)
+    ring_bytes = max(stages * tile_bytes, tile_m * staged_row_bytes)
+    notes = num_warps * ring_bytes
+    return DecodeMemory(
+        columns_k, columns_v, columns_out, staged_row_bytes, ring_bytes, notes, notes + num_warps * tile_m * 8
+    )
+
+
 def can_implement(kernel: str, problem: AttentionProblem, arch: str) -> bool:
     """Whether the kernel gives right results for the problem on a target such as "sm_120a"."""
+    if kernel == "decode" or problem.decode:
+        return kernel == "decode" and problem.decode
     if kernel == "forward":
         return True
     major = int("".join(filter(str.isdigit, arch))) // 10
@@ -94,8 +142,9 @@ def can_implement(kernel: str, problem: AttentionProblem, arch: str) -> bool:
 
 def plan_for(kernel: str, problem: AttentionProblem) -> Plan:
     """The kernel's plan, whether or not the dispatcher would take it."""
+    tiles = DECODE_FP8_TILES if problem.decode and problem.kv_dtype else TILES[kernel]
     row = next(
-        row for row in TILES[kernel] if problem.head_dim <= row.head_dim and problem.head_dim_v <= row.head_dim_v
+        row for row in tiles if problem.head_dim <= row.head_dim and problem.head_dim_v <= row.head_dim_v
     )
     tile = (row.tile_m, row.tile_n, row.num_warps, row.stages, row.blocks_per_sm)
     return Plan(kernel, *tile, smem_bytes(problem, row), LOADING_WARPS[kernel])
@@ -104,6 +153,8 @@ def plan_for(kernel: str, problem: AttentionProblem) -> Plan:
 def choose(problem: AttentionProblem, arch: str = "sm_120a") -> Plan:
     """The plan for a problem: TMA where it may be used, as it measured faster for every head_dim; tiles are SM120's
     whatever the target."""
+    if problem.decode:
+        return plan_for("decode", problem)
     kernel = "forward_tma" if can_implement("forward_tma", problem, arch) else "forward"
     return plan_for(kernel, problem)
 

@@ -1,0 +1,122 @@
+"""The rows of a decode tile: query token after query token, each with the query heads of one KV head."""
+
+from __future__ import annotations
+
+import math
+
+import cutlass
+from cutlass import Float32, Int32, Int64, cute
+
+from flash_attn_sm120.device.seqlen import Sequence
+from flash_attn_sm120.device.visible import same_columns, visible_columns
+
+
+class RowTile:
+    """Rows m_block * tile_m on of a sequence; row M is token M // heads_per_kv, head M % heads_per_kv of the group.
+
+    total_k: keys of all context-parallel ranks. A thread has rows 8 r + lane // 4.
+    """
+
+    def __init__(
+        self, config, mQ: cute.Tensor, seq_q: Sequence, seqlen_k: Int32, total_k: Int32, m_block, head_kv, heads_per_kv,
+        modifiers, numbers, batch,
+    ):  # fmt: skip
+        problem, plan = config.problem, config.plan
+        self.config, self.mQ, self.seq_q, self.heads_per_kv, self.numbers = config, mQ, seq_q, heads_per_kv, numbers
+        self.batch = batch
+        self.seqlen_k, self.total_k = seqlen_k, total_k
+        self.first_row = m_block * plan.tile_m
+        self.first_head = head_kv * heads_per_kv
+        self.rows_left = seq_q.room * heads_per_kv - self.first_row
+        self.shift = total_k - seq_q.length
+        self.group = cute.arch.lane_idx() // 4
+
+        used = cutlass.max(seq_q.length, Int32(1))
+        first_token = cutlass.min(self.first_row // heads_per_kv, used - 1)
+        last_row = cutlass.min(self.first_row + plan.tile_m, used * heads_per_kv) - 1
+        last_token = last_row // heads_per_kv
+        begin, self.inner_end = self.columns(first_token)
+        self.inner_begin, end = self.columns(last_token)
+        is_used = self.first_row < seq_q.length * heads_per_kv
+        self.begin, self.end = begin, cutlass.select_(is_used, end, Int32(0))
+
+        self.tokens = [self.token(8 * r + self.group) for r in range(plan.tile_m // 8)]
+        self.bounds = None
+        if not same_columns(problem):
+            self.bounds = [self.columns(token) for token in self.tokens]
+        if problem.alibi:
+            slopes = modifiers.alibi_slopes
+            own = [self.head(8 * r + self.group) for r in range(plan.tile_m // 8)]
+            self.slopes = [slopes[batch, head] * math.log2(math.e) for head in own]
+
+    def columns(self, token: Int32) -> tuple[Int32, Int32]:
+        """Local columns that the rows of a token see."""
+        position = token + self.shift
+        bounds = visible_columns(self.config.problem, position, self.seqlen_k, self.total_k, self.numbers)
+        return Int32(bounds[0]), Int32(bounds[1])
+
+    def _existing(self, row: Int32) -> Int32:
+        """Rows beyond the last are copies of it, never stored."""
+        last = cutlass.max(self.seq_q.length, Int32(1)) * self.heads_per_kv - 1
+        return cutlass.min(self.first_row + row, last)
+
+    def token(self, row: Int32) -> Int32:
+        return self._existing(row) // self.heads_per_kv
+
+    def head(self, row: Int32) -> Int32:
+        return self.first_head + self._existing(row) % self.heads_per_kv
+
+    def q_addresses(self) -> list[Int64]:
+        """Of the thread's rows."""
+        rows = range(self.config.plan.tile_m // 8)
+        return [self._address(self.mQ, self.seq_q, *self.place(self._existing(8 * r + self.group))) for r in rows]
+
+    def out_address(self, tensor: cute.Tensor, row: Int32) -> Int64:
+        """Of row `row` of the tile in a tensor of q's form; a leading dimension of splits is the caller's."""
+        return self._address(tensor, self.seq_q, *self.place(self.first_row + row))
+
+    def lse_offset(self, tensor: cute.Tensor, row: Int32) -> Int64:
+        """Elements to row `row` of the tile in (batch, heads, seqlen_q) or, packed, (heads, total_q); a leading
+        dimension of splits is the caller's."""
+        token, head = self.place(self.first_row + row)
+        strides = tensor.stride[-2:] if self.config.problem.packed_q else tensor.stride[-3:]
+        offset = Int64(head) * Int64(strides[-2]) + Int64(self.seq_q.start + token) * Int64(strides[-1])
+        if not self.config.problem.packed_q:
+            offset = offset + Int64(self.batch) * Int64(strides[0])
+        return offset
+
+    def place(self, row: Int32) -> tuple[Int32, Int32]:
+        """(token, head) of row `row` of the sequence."""
+        token = row // self.heads_per_kv
+        return token, self.first_head + row - token * self.heads_per_kv
+
+    def _address(self, tensor: cute.Tensor, seq: Sequence, token: Int32, head: Int32) -> Int64:
+        # counted from the end, as a dimension of splits may lead
+        offset = Int64(seq.start + token) * Int64(tensor.stride[-3]) + Int64(head) * Int64(tensor.stride[-2])
+        if not self.config.problem.packed_q:
+            offset = offset + Int64(seq.batch) * Int64(tensor.stride[-4])
+        return tensor.iterator.toint() + offset * (tensor.element_type.width // 8)
+
+    def mask(self, tSrS: cute.Tensor, first_col: Int32, lane: Int32) -> None:
+        """Scores of columns that a row doesn't see become -inf."""
+        own_col = first_col + 2 * (lane % 4)
+        for r in range(2 * tSrS.shape[0]):
+            begin, end = (self.begin, self.end) if self.bounds is None else self.bounds[r]
+            for n in range(tSrS.shape[1]):
+                for j in range(2):
+                    col, where = own_col + (8 * n + j), (r // 2, n, 2 * (r % 2) + j)
+                    visible = (col >= begin) & (col < end)
+                    tSrS[where] = cutlass.select_(visible, tSrS[where], Float32(-math.inf))
+
+    def add_alibi(self, tSrS: cute.Tensor, first_col: Int32, lane: Int32, numbers) -> None:
+        """score -= slope * |position - global column|, in base 2."""
+        own_col = first_col + 2 * (lane % 4)
+        for r in range(2 * tSrS.shape[0]):
+            position = self.tokens[r] + self.shift
+            for n in range(tSrS.shape[1]):
+                for j in range(2):
+                    col, where = own_col + (8 * n + j), (r // 2, n, 2 * (r % 2) + j)
+                    if self.config.problem.context_parallel:
+                        col = col * numbers.cp_world_size + numbers.cp_rank
+                    distance = Float32(cutlass.max(position - col, col - position))
+                    tSrS[where] = tSrS[where] - self.slopes[r] * distance

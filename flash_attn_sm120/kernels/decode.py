@@ -1,0 +1,204 @@
+"""The decode kernel: few query rows a sequence, so the query heads of one KV head are rows of one tile and K and V are
+read once. Long sequences are cut into parts that further blocks take; combine.py brings those together.
+
+Source: Dao et al., Flash-Decoding (2023), for the parts; the sharing of a part among the warps of a block is our own.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING
+
+import cutlass
+from cutlass import Boolean, Int32, cute
+
+from flash_attn_sm120.arguments import Lengths, Modifiers, Numbers, Partials
+from flash_attn_sm120.device.decode_gemm import Keys16
+from flash_attn_sm120.device.fp8 import Keys8
+from flash_attn_sm120.device.mainloop_decode import DecodeLoop
+from flash_attn_sm120.device.merge import Merge
+from flash_attn_sm120.device.paged_kv import KeysAndValues, key_sequence
+from flash_attn_sm120.device.pieces import Piece, chunk_for, find_piece
+from flash_attn_sm120.device.rows import RowTile
+from flash_attn_sm120.device.seqlen import Sequence, sequence
+from flash_attn_sm120.device.visible import visible_columns
+from flash_attn_sm120.device.tile import TileLayout
+from flash_attn_sm120.dispatch import decode_memory
+from flash_attn_sm120.kernels.combine import CombineProblem, FlashAttentionCombine
+from flash_attn_sm120.problem import AttentionProblem
+
+if TYPE_CHECKING:
+    from flash_attn_sm120.dispatch import Plan
+
+PTX_DTYPE = {"bfloat16": "bf16", "float16": "f16"}
+
+
+class FlashAttentionDecodeSm80:
+    """A thread block: the rows of a (batch, head_kv), tile_m at a time, against a part of the keys."""
+
+    def __init__(self, problem: AttentionProblem, plan: Plan):
+        self.problem, self.plan = problem, plan
+        self.dtype = PTX_DTYPE[problem.dtype]
+        self.p_dtype = "f16" if problem.kv_dtype else self.dtype
+        self.num_threads = 32 * plan.num_warps
+        self.memory = decode_memory(problem, plan.tile_m, plan.tile_n, plan.num_warps, plan.stages)
+        self.layout_k = TileLayout(plan.tile_n, self.memory.columns_k)
+        self.layout_v = TileLayout(plan.tile_n, self.memory.columns_v)
+        self.slot_bytes = max(self.layout_k.bytes, self.layout_v.bytes)
+        self.combine = FlashAttentionCombine(CombineProblem(problem.dtype, problem.head_dim_v, problem.packed_q))
+
+    def operands(self, lane: Int32):
+        return (Keys8 if self.problem.kv_dtype else Keys16)(self, lane)
+
+    @cute.jit
+    def __call__(
+        self,
+        mQ: cute.Tensor,
+        mK: cute.Tensor,
+        mV: cute.Tensor,
+        mO: cute.Tensor,
+        mLSE: cute.Tensor | None,
+        lengths: Lengths,
+        modifiers: Modifiers,
+        numbers: Numbers,
+        partials: Partials | None,
+        stream,
+    ):
+        """q, out (batch, seqlen_q, heads, d) or (total_q, heads, d); k, v as key_sequence takes them; lse (batch, heads,
+        seqlen_q) or (heads, total_q). `stream` stays last."""
+        problem, plan = self.problem, self.plan
+        heads, heads_kv = mQ.shape[-2], mK.shape[-2]
+        heads_per_kv = heads // heads_kv
+        if cutlass.const_expr(problem.packed_q):
+            batch = lengths.cu_seqlens_q.shape[0] - 1
+            pieces = mQ.shape[0] * heads_per_kv // plan.tile_m + batch
+        else:
+            batch = mQ.shape[0]
+            pieces = cute.ceil_div(mQ.shape[1] * heads_per_kv, plan.tile_m) * batch
+        target, target_lse = mO, mLSE
+        if cutlass.const_expr(problem.split):
+            pieces = pieces + partials.out.shape[0]
+            target, target_lse = partials.out, partials.lse
+        self.kernel(mQ, mK, mV, target, target_lse, lengths, modifiers, self.in_base_2(numbers)).launch(
+            grid=(pieces * heads_kv, 1, 1), block=(self.num_threads, 1, 1), smem=plan.smem_bytes, stream=stream,
+            min_blocks_per_mp=plan.blocks_per_sm, preferred_smem_carveout=100,
+        )  # fmt: skip
+        if cutlass.const_expr(problem.split):
+            self.combine(partials.out, partials.lse, mO, mLSE, lengths.cu_seqlens_q, stream)
+
+    def in_base_2(self, numbers: Numbers) -> Numbers:
+        """softmax_scale becomes what a raw score is multiplied by, softcap the cap_scale of apply_softcap."""
+        scale = numbers.softmax_scale * math.log2(math.e)
+        if not self.problem.softcap:
+            return numbers._replace(softmax_scale=scale)
+        cap = numbers.softcap * (-2.0 * math.log2(math.e))
+        return numbers._replace(softmax_scale=2.0 * scale / numbers.softcap, softcap=cap)
+
+    @cute.kernel
+    def kernel(
+        self,
+        mQ: cute.Tensor,
+        mK: cute.Tensor,
+        mV: cute.Tensor,
+        mO: cute.Tensor,
+        mLSE: cute.Tensor | None,
+        lengths: Lengths,
+        modifiers: Modifiers,
+        numbers: Numbers,
+    ):
+        """mO, mLSE: the results, or the partials of a split."""
+        heads_kv = mK.shape[-2]
+        block, _, _ = cute.arch.block_idx()
+        index = block // heads_kv
+        head_kv = block - index * heads_kv
+        if cutlass.const_expr(self.problem.split):
+            cute.arch.griddepcontrol_launch_dependents()
+        piece = self.piece(mQ, mK, mO, lengths, numbers, index)
+        if piece.valid:
+            self.compute(mQ, mK, mV, mO, mLSE, lengths, modifiers, numbers, piece, head_kv)
+
+    def keys_of(self, mQ: cute.Tensor, mK: cute.Tensor, lengths: Lengths, batch: Int32) -> tuple:
+        """(seq_q, seq_k, keys of all context-parallel ranks) of a sequence."""
+        seq_q = sequence(mQ, batch, lengths.cu_seqlens_q, lengths.seqused_q)
+        seq_k = key_sequence(self.problem, mK, batch, lengths)
+        total_k = seq_k.length
+        if self.problem.context_parallel:
+            total_k = cutlass.max(lengths.cp_tot_seqused_k[batch], Int32(0))
+        return seq_q, seq_k, total_k
+
+    def granules(self, seq_q: Sequence, seqlen_k: Int32, total_k: Int32, numbers: Numbers) -> tuple[Int32, Int32]:
+        """First and end of the granules that any row of a sequence sees; end <= first: none."""
+        bounds = (seqlen_k, total_k, numbers)
+        begin, _ = visible_columns(self.problem, total_k - seq_q.length, *bounds)
+        _, end = visible_columns(self.problem, total_k - 1, *bounds)
+        end = cutlass.select_(seq_q.length > 0, Int32(end), Int32(0))
+        return Int32(begin) // self.plan.tile_n, (end + self.plan.tile_n - 1) // self.plan.tile_n
+
+    @cute.jit
+    def piece(
+        self, mQ: cute.Tensor, mK: cute.Tensor, mO: cute.Tensor, lengths: Lengths, numbers: Numbers, index: Int32
+    ) -> Piece:
+        plan, lane = self.plan, cute.arch.lane_idx()
+        heads_per_kv = mQ.shape[-2] // mK.shape[-2]
+        batch = lengths.cu_seqlens_q.shape[0] - 1 if self.problem.packed_q else mQ.shape[0]
+
+        def extent(b):
+            seq_q, seq_k, total_k = self.keys_of(mQ, mK, lengths, b)
+            first, end = self.granules(seq_q, seq_k.length, total_k, numbers)
+            m_blocks = (seq_q.room * heads_per_kv + plan.tile_m - 1) // plan.tile_m
+            return m_blocks, cutlass.max(end - first, Int32(0))
+
+        if cutlass.const_expr(self.problem.split):
+            chunk = chunk_for(extent, batch, mO.shape[0], plan.num_warps, lane)
+            piece = find_piece(extent, index, batch, chunk, lane)
+        elif cutlass.const_expr(self.problem.packed_q):
+            piece = find_piece(extent, index, batch, Int32(1 << 30), lane)
+        else:
+            m_blocks = cute.ceil_div(mQ.shape[1] * heads_per_kv, plan.tile_m)
+            owner = index // m_blocks
+            piece = Piece(owner, index - owner * m_blocks, Int32(0), Int32(1), Int32(1 << 30), Boolean(True))
+        return piece
+
+    @cute.jit
+    def compute(
+        self,
+        mQ: cute.Tensor,
+        mK: cute.Tensor,
+        mV: cute.Tensor,
+        mO: cute.Tensor,
+        mLSE: cute.Tensor | None,
+        lengths: Lengths,
+        modifiers: Modifiers,
+        numbers: Numbers,
+        piece: Piece,
+        head_kv: Int32,
+    ):
+        problem, plan = self.problem, self.plan
+        warp = cute.arch.make_warp_uniform(cute.arch.warp_idx())
+        shared = cute.arch.get_dyn_smem(cutlass.Uint8, alignment=1024).toint()
+        seq_q, seq_k, total_k = self.keys_of(mQ, mK, lengths, piece.batch)
+        heads_per_kv = mQ.shape[-2] // mK.shape[-2]
+        rows = RowTile(
+            self, mQ, seq_q, seq_k.length, total_k, piece.m_block, head_kv, heads_per_kv, modifiers, numbers, piece.batch
+        )
+        first, end = self.granules(seq_q, seq_k.length, total_k, numbers)
+        if cutlass.const_expr(problem.split):
+            first = first + piece.split * piece.chunk
+            end = cutlass.min(end, first + piece.chunk)
+        # of these, what the rows of this tile see
+        first = cutlass.max(first, rows.begin // plan.tile_n)
+        end = cutlass.min(end, (rows.end + plan.tile_n - 1) // plan.tile_n)
+        count = cutlass.max(end - first - warp + plan.num_warps - 1, Int32(0)) // plan.num_warps
+
+        scale = numbers.softmax_scale
+        if cutlass.const_expr(problem.k_descale):
+            scale = scale * modifiers.k_descale[piece.batch, head_kv]
+        keys = KeysAndValues(self, mK, mV, piece.batch, seq_k, head_kv, lengths, (rows.begin, rows.end))
+        loop = DecodeLoop(self, rows, keys, shared + warp * self.memory.ring_bytes, scale, numbers)
+        loop.run(first + warp, plan.num_warps, count)
+        cute.arch.sync_threads()
+        Merge(self, loop, rows, piece, shared, warp, modifiers).run(mO, mLSE, head_kv)
+
+
+class FlashAttentionDecodeSm120(FlashAttentionDecodeSm80):
+    """Within SM120's limits, by its plan; what parts of a sequence are left is combined while this one still ends."""
