@@ -56,10 +56,13 @@ class Arguments(NamedTuple):
 
 
 class Partials(NamedTuple):
-    """What a split decode leaves for its combination, uninitialised; the last argument of a launcher that splits.
+    """What the blocks of a split decode tell one another; the last argument of a launcher that splits.
 
-    The most parts that a sequence is cut into is the size of the first dimension.
+    The most parts that a sequence is cut into is the size of the first dimension of out and lse, which hold anything.
+    tickets counts the parts that are done: zeros before the first launch, and zeros again after each. No two launches
+    that may run at the same time share any of it.
     """
 
     out: Any  # (num_splits, *q.shape[:-1], head_dim_v) float32
     lse: Any  # (num_splits, *shape of lse) float32
+    tickets: Any  # (splits.tickets(...),) int32

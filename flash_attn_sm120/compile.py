@@ -77,7 +77,7 @@ def _signature(problem: AttentionProblem) -> tuple:
         partials = (None,)
         if problem.split:
             partial = _matrix(Float32, rank_q + 1, divisibility=4)
-            partials = (Partials(partial, _matrix(Float32, rank_q, align=4, divisibility=1)),)
+            partials = (Partials(partial, _matrix(Float32, rank_q, align=4, divisibility=1), _lengths()),)
     return (*arguments, *partials, make_fake_stream(use_tvm_ffi_env_stream=True))
 
 

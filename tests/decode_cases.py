@@ -12,7 +12,9 @@ from dataclasses import dataclass, field, replace
 import torch
 
 from flash_attn_sm120.arguments import Arguments, Lengths, Modifiers, Numbers, Partials
+from flash_attn_sm120.dispatch import choose
 from flash_attn_sm120.problem import AttentionProblem
+from flash_attn_sm120.splits import tickets
 
 FP8 = {"float8_e4m3fn": torch.float8_e4m3fn, "float8_e5m2": torch.float8_e5m2}
 
@@ -140,6 +142,9 @@ def make(case: Case, device="cpu") -> Inputs:
         partials = Partials(
             torch.full((case.num_splits, *out.shape), math.nan, device=device),
             torch.full((case.num_splits, *lse_shape), math.nan, device=device),
+            torch.zeros(
+                tickets(choose(case.problem), case.heads_kv, heads, mQ.shape, batch), dtype=torch.int32, device=device
+            ),
         )
     return Inputs(arguments, partials, q, k, v, total_k)
 
@@ -231,6 +236,8 @@ def check(case: Case, inputs: Inputs) -> float:
     out, lse = inputs.arguments.out, inputs.arguments.lse
     dtype = getattr(torch, case.dtype)
     worst, start = 0.0, 0
+    if inputs.partials is not None:
+        assert not inputs.partials.tickets.any(), "tickets are left"
     for b, (o, l) in enumerate(expected(case, inputs)):
         n = len(o)
         room = out.shape[1] - n if not case.packed_q else (b % 3 if case.seqused_q else 0)

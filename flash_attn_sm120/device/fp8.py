@@ -64,7 +64,7 @@ class Keys8:
         place = cutlass.min(col, head_dim - 4) if padded else col
         pairs = [load_global_b32(row + Int64(place * 2), 4 * right) for right in range(2)]
         if padded:
-            pairs = [cutlass.select_(col < head_dim, pair, Int32(0)) for pair in pairs]
+            pairs = [Int32(cutlass.select_(col < head_dim, pair, Int32(0))) for pair in pairs]
         return pairs
 
     def _to_f16(self, words: list, r: int) -> Float32:

@@ -8,19 +8,29 @@ import cutlass
 from cutlass import Boolean, Float32, Int32, Int64, cute
 
 from flash_attn_sm120.device.mainloop_decode import DecodeLoop
+from flash_attn_sm120.device.parts import add_parts, lane_columns, load_parts, part_weights
 from flash_attn_sm120.device.pieces import Piece
 from flash_attn_sm120.device.ptx import (
     exp2,
+    load_fresh_f32,
+    load_fresh_v4_f32,
+    load_shared_b32,
     load_shared_f32,
     log2,
     pack_pair,
     reciprocal,
+    store_global_v2,
     store_global_v4,
     store_global_v4_f32,
+    store_shared_b32,
     store_shared_f32,
+    take_ticket,
 )
 from flash_attn_sm120.device.rows import RowTile
 from flash_attn_sm120.device.softmax import NEG_INF
+from flash_attn_sm120.dispatch import MAX_SPLITS
+
+PARTS_AT_ONCE = 16  # loads in flight while parts are brought together
 
 
 class Merge:
@@ -35,15 +45,25 @@ class Merge:
         self.own_rows = config.plan.tile_m // 8
 
     @cute.jit
-    def run(self, mO: cute.Tensor, mLSE: cute.Tensor | None, head_kv: Int32):
+    def run(self, mO: cute.Tensor, mLSE: cute.Tensor | None, partials: cutlass.Constexpr, head_kv: Int32):
         self.note()
         cute.arch.sync_threads()
         lses = self.stage(head_kv)
-        if cutlass.const_expr(mLSE is not None):
-            if (self.warp == 0) & (self.quad == 0):
-                self.store_lse(mLSE, lses)
         cute.arch.sync_threads()
-        self.store_out(mO)
+        if cutlass.const_expr(not self.config.problem.split):
+            self.store(mO, mLSE, lses, False)
+        else:
+            if self.piece.splits == 1:
+                self.store(mO, mLSE, lses, False)
+            else:
+                self.store(partials.out, partials.lse, lses, True)
+                cute.arch.sync_threads()
+                if self.is_last(partials.tickets, head_kv):
+                    self.combine(mO, mLSE, partials)
+
+    def store(self, mO: cute.Tensor, mLSE: cute.Tensor | None, lses: list, partial: bool) -> None:
+        self.store_lse(mLSE, lses, partial)
+        self.store_out(mO, partial)
 
     @cute.jit
     def note(self):
@@ -113,28 +133,23 @@ class Merge:
         return value
 
     @cute.jit
-    def store_lse(self, mLSE: cute.Tensor, lses: list):
-        """The last part of a sequence also says that there are no more."""
-        for r in cutlass.range_constexpr(self.own_rows):
-            row = 8 * r + self.group
-            if row < self.rows.rows_left:
-                offset = self.rows.lse_offset(mLSE, row)
-                if cutlass.const_expr(self.config.problem.split):
-                    step = Int64(mLSE.stride[0])
-                    write(mLSE, offset + Int64(self.piece.split) * step, lses[r])
-                    if self.piece.split == self.piece.splits - 1:
-                        for split in cutlass.range(self.piece.splits, mLSE.shape[0], unroll=1):
-                            write(mLSE, offset + Int64(split) * step, Float32(NEG_INF))
-                else:
-                    write(mLSE, offset, lses[r])
+    def store_lse(self, mLSE: cute.Tensor | None, lses: list, partial: cutlass.Constexpr):
+        if cutlass.const_expr(mLSE is not None):
+            if (self.warp == 0) & (self.quad == 0):
+                for r in cutlass.range_constexpr(self.own_rows):
+                    row = 8 * r + self.group
+                    if row < self.rows.rows_left:
+                        offset = self.rows.lse_offset(mLSE, row)
+                        if cutlass.const_expr(partial):
+                            offset = offset + Int64(self.piece.split) * Int64(mLSE.stride[0])
+                        write(mLSE, offset, lses[r])
 
     @cute.jit
-    def store_out(self, mO: cute.Tensor):
+    def store_out(self, mO: cute.Tensor, partial: cutlass.Constexpr):
         """All threads add the warps' shares up: 8 columns at a time of 16 bits, 4 of float32."""
         config = self.config
         thread, _, _ = cute.arch.thread_idx()
-        split = config.problem.split
-        cols = 4 if split else 8
+        cols = 4 if partial else 8
         units = config.problem.head_dim_v // cols
         threads = 32 * config.plan.num_warps
         for turn in cutlass.range_constexpr(-(-config.plan.tile_m * units // threads)):
@@ -144,7 +159,7 @@ class Merge:
                 unit = place - row * units
                 values = self.added(row, unit * cols, cols)
                 address = self.rows.out_address(mO, row) + Int64(unit * 16)
-                if cutlass.const_expr(split):
+                if cutlass.const_expr(partial):
                     address = address + Int64(self.piece.split) * Int64(mO.stride[0]) * 4
                     store_global_v4_f32(address, values)
                 else:
@@ -159,6 +174,69 @@ class Merge:
                 share = load_shared_f32(place + (warp * self.config.memory.ring_bytes + first * 4), 4)
                 values[first : first + 4] = [a + b for a, b in zip(values[first : first + 4], share, strict=True)]
         return values
+
+    @cute.jit
+    def is_last(self, tickets: cute.Tensor, head_kv: Int32):
+        """Whether all other parts of these rows have been stored; for all threads."""
+        thread, _, _ = cute.arch.thread_idx()
+        if thread == 0:
+            place = self.rows.tile_number() * self.rows.heads_kv + head_kv
+            ticket = take_ticket(tickets.iterator.toint() + Int64(place) * 4, self.piece.splits - 1)
+            store_shared_b32(self.notes, ticket)
+        cute.arch.sync_threads()
+        return load_shared_b32(self.notes) == self.piece.splits - 1
+
+    @cute.jit
+    def combine(self, mO: cute.Tensor, mLSE: cute.Tensor | None, partials: cutlass.Constexpr):
+        """The rows of the tile from their parts, a warp a row."""
+        rows = cutlass.min(self.rows.rows_left, Int32(self.config.plan.tile_m))
+        for row in cutlass.range(self.warp, rows, self.config.plan.num_warps, unroll=1):
+            self.combine_row(mO, mLSE, partials, row)
+
+    @cute.jit
+    def combine_row(
+        self, mO: cute.Tensor, mLSE: cute.Tensor | None, partials: cutlass.Constexpr, row: Int32
+    ):
+        columns = lane_columns(self.config.problem.head_dim_v, self.lane)
+        sums = cute.make_rmem_tensor((4 * len(columns),), Float32)
+        sums.fill(0.0)
+        first_parts = self.load(partials.out, row, columns, 0)  # on their way while the weights are
+        weights, lse = part_weights(self.part_lses(partials.lse, row))
+        self.add(sums, first_parts, weights, 0)
+        for first in cutlass.range_constexpr(PARTS_AT_ONCE, MAX_SPLITS, PARTS_AT_ONCE):
+            if first < self.piece.splits:
+                self.add(sums, self.load(partials.out, row, columns, first), weights, first)
+        target = self.rows.out_address(mO, row) + Int64(self.lane * 8)
+        for turn in cutlass.range_constexpr(len(columns)):
+            if columns[turn]:
+                pairs = [pack_pair(sums[4 * turn + i], sums[4 * turn + i + 1], self.config.dtype) for i in (0, 2)]
+                store_global_v2(target + turn * 256, pairs)
+        if cutlass.const_expr(mLSE is not None):
+            if self.lane == 0:
+                write(mLSE, self.rows.lse_offset(mLSE, row), lse)
+
+    def load(self, mPartial: cute.Tensor, row: Int32, columns: list, first: int) -> list:
+        address = self.rows.out_address(mPartial, row) + Int64(self.lane * 16)
+        step, splits = Int64(mPartial.stride[0]) * 4, self.piece.splits
+        place = (address, step, first, 1, PARTS_AT_ONCE)
+        return load_parts(*place, lambda number: number < splits, columns, load_fresh_v4_f32)
+
+    def add(self, sums: cute.Tensor, loaded: list, weights: list[Float32], first: int) -> None:
+        own = [cute.arch.shuffle_sync(weights[(first + i) // 32], (first + i) % 32) for i in range(PARTS_AT_ONCE)]
+        add_parts(sums, loaded, own)
+
+    @cute.jit
+    def part_lses(self, mLSE: cute.Tensor, row: Int32) -> list:
+        """Of part lane, lane + 32, ..."""
+        lses = []
+        offset = self.rows.lse_offset(mLSE, row)
+        for first in cutlass.range_constexpr(0, MAX_SPLITS, 32):
+            split, value = Int32(first + self.lane), Float32(NEG_INF)
+            if split < self.piece.splits:
+                place = offset + Int64(split) * Int64(mLSE.stride[0])
+                value = load_fresh_f32(mLSE.iterator.toint() + place * 4)
+            lses.append(value)
+        return lses
 
 
 def write(tensor: cute.Tensor, offset: Int64, value: Float32) -> None:

@@ -204,6 +204,41 @@ def load_global_v4_f32(glob: Int64, enabled: Int32, *, loc=None, ip=None) -> lis
 
 
 @dsl_user_op
+def load_fresh_v4_f32(glob: Int64, enabled: Int32, *, loc=None, ip=None) -> list[Float32]:
+    """load_global_v4_f32 of what other blocks of this launch have written; the caller has seen that they have."""
+    struct = llvm.StructType.get_literal([T.f32()] * 4)
+    operands = [Int64(glob).ir_value(loc=loc, ip=ip), Int32(enabled).ir_value(loc=loc, ip=ip)]
+    zeros = " ".join(f"mov.f32 ${i}, 0f00000000;" for i in range(4))
+    load = "ld.relaxed.gpu.global.v4.b32 {$0, $1, $2, $3}, [$4];"
+    text = f"{{ .reg .pred p; setp.ne.b32 p, $5, 0; {zeros} @p {load} }}"
+    loaded = _asm(struct, operands, text, "=&f,=&f,=&f,=&f,l,r", volatile=True, loc=loc, ip=ip)
+    return _unpack(loaded, T.f32(), 4, Float32, loc, ip)
+
+
+@dsl_user_op
+def load_fresh_f32(glob: Int64, *, loc=None, ip=None) -> Float32:
+    """A float32 that another block of this launch has written; the caller has seen that it has."""
+    operand = Int64(glob).ir_value(loc=loc, ip=ip)
+    text = "ld.relaxed.gpu.global.b32 $0, [$1];"
+    return Float32(_asm(T.f32(), [operand], text, "=f,l", volatile=True, loc=loc, ip=ip))
+
+
+@dsl_user_op
+def take_ticket(glob: Int64, last: Int32, *, loc=None, ip=None) -> Int32:
+    """Counts the uint32 at glob up, from `last` on to 0 again; returns what it was. Writes before it are seen by whoever
+    finds the number in it."""
+    operands = [Int64(glob).ir_value(loc=loc, ip=ip), Int32(last).ir_value(loc=loc, ip=ip)]
+    text = "atom.acq_rel.gpu.global.inc.u32 $0, [$1], $2;"
+    return Int32(_asm(T.i32(), operands, text, "=r,l,r", volatile=True, loc=loc, ip=ip))
+
+
+@dsl_user_op
+def load_shared_b32(shared: Int32, *, loc=None, ip=None) -> Int32:
+    operand = Int32(shared).ir_value(loc=loc, ip=ip)
+    return Int32(_asm(T.i32(), [operand], "ld.shared.b32 $0, [$1];", "=r,r", volatile=True, loc=loc, ip=ip))
+
+
+@dsl_user_op
 def load_shared_v2(shared: Int32, offset: int = 0, *, loc=None, ip=None) -> list[Int32]:
     struct = llvm.StructType.get_literal([T.i32()] * 2)
     operand = Int32(shared).ir_value(loc=loc, ip=ip)

@@ -25,6 +25,7 @@ class RowTile:
         self.config, self.mQ, self.seq_q, self.heads_per_kv, self.numbers = config, mQ, seq_q, heads_per_kv, numbers
         self.batch = batch
         self.seqlen_k, self.total_k = seqlen_k, total_k
+        self.m_block, self.heads_kv = m_block, mQ.shape[-2] // heads_per_kv
         self.first_row = m_block * plan.tile_m
         self.first_head = head_kv * heads_per_kv
         self.rows_left = seq_q.room * heads_per_kv - self.first_row
@@ -70,6 +71,13 @@ class RowTile:
         """Of the thread's rows."""
         rows = range(self.config.plan.tile_m // 8)
         return [self._address(self.mQ, self.seq_q, *self.place(self._existing(8 * r + self.group))) for r in rows]
+
+    def tile_number(self) -> Int32:
+        """Of all tiles of a KV head; some numbers of packed rows stay unused."""
+        tile_m = self.config.plan.tile_m
+        if self.config.problem.packed_q:
+            return self.seq_q.start * self.heads_per_kv // tile_m + self.batch + self.m_block
+        return self.batch * cute.ceil_div(self.mQ.shape[1] * self.heads_per_kv, tile_m) + self.m_block
 
     def out_address(self, tensor: cute.Tensor, row: Int32) -> Int64:
         """Of row `row` of the tile in a tensor of q's form; a leading dimension of splits is the caller's."""

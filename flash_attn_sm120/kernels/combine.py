@@ -5,20 +5,17 @@ One block a row (token and head); its warps share out the parts. A part whose ls
 
 from __future__ import annotations
 
-import math
 import operator
 from dataclasses import dataclass
 
 import cutlass
 from cutlass import Float32, Int32, Int64, cute
 
+from flash_attn_sm120.device.parts import add_parts, lane_columns, load_parts, part_weights
 from flash_attn_sm120.device.ptx import (
-    exp2,
     load_global_v4_f32,
     load_shared_f32,
-    log2,
     pack_pair,
-    reciprocal,
     store_global_v2,
     store_global_v4_f32,
     store_shared_f32,
@@ -41,17 +38,11 @@ class CombineProblem:
     packed: bool = False
 
 
-def warp_reduce(value: Float32, combine) -> Float32:
-    for step in range(5):
-        value = combine(value, cute.arch.shuffle_sync_bfly(value, offset=1 << step))
-    return value
-
-
 class FlashAttentionCombine:
-    """dependent: launched while the kernel that writes the parts still runs, to wait for its end on the chip."""
+    """One launch combines all rows."""
 
-    def __init__(self, problem: CombineProblem, dependent: bool = False):
-        self.problem, self.dependent = problem, dependent
+    def __init__(self, problem: CombineProblem):
+        self.problem = problem
         self.dtype = PTX_DTYPE[problem.dtype]
         self.turns = -(-problem.head_dim_v // 128)  # of 4 columns a lane
 
@@ -70,9 +61,8 @@ class FlashAttentionCombine:
         cu_seqlens_q[-1] on are left alone. `stream` stays last."""
         rows = mO.shape[-2] * mO.shape[-3] * (1 if self.problem.packed else mO.shape[0])
         self.kernel(mPartial, mLSEPartial, mO, mLSE, mCuSeqlensQ).launch(
-            grid=(rows, 1, 1), block=(32 * WARPS, 1, 1), smem=WARPS * self.turns * 512, stream=stream,
-            use_pdl=self.dependent,
-        )  # fmt: skip
+            grid=(rows, 1, 1), block=(32 * WARPS, 1, 1), smem=WARPS * self.turns * 512, stream=stream
+        )
 
     @cute.kernel
     def kernel(
@@ -93,8 +83,6 @@ class FlashAttentionCombine:
             token = token - batch * mO.shape[1]
         elif cutlass.const_expr(mCuSeqlensQ is not None):
             exists = token < clamp(mCuSeqlensQ[mCuSeqlensQ.shape[0] - 1], Int32(0), mO.shape[0])
-        if cutlass.const_expr(self.dependent):
-            cute.arch.griddepcontrol_wait()
         if exists:
             self.row(mPartial, mLSEPartial, mO, mLSE, batch, token, head)
 
@@ -118,14 +106,16 @@ class FlashAttentionCombine:
     ):
         lane, warp = cute.arch.lane_idx(), cute.arch.make_warp_uniform(cute.arch.warp_idx())
         num_splits = mPartial.shape[0]
-        weights, lse = self.weights(mLSEPartial, self.place(mLSEPartial.stride[1:], batch, head, token), lane)
+        lses = self.lses(mLSEPartial, self.place(mLSEPartial.stride[1:], batch, head, token), lane)
+        weights, lse = part_weights(lses)
+        columns = lane_columns(self.problem.head_dim_v, lane)
         sums = cute.make_rmem_tensor((4 * self.turns,), Float32)
         sums.fill(0.0)
         offset = self.place(mPartial.stride[1:], batch, token, head) * 4
         address = mPartial.iterator.toint() + offset + Int64(lane * 16)
         for group in cutlass.range_constexpr(MAX_SPLITS // 32):
             if group * 32 < num_splits:
-                self.add_group(sums, address, Int64(mPartial.stride[0]) * 4, 32 * group + warp, weights[group], lane)
+                self.add_group(sums, address, Int64(mPartial.stride[0]) * 4, 32 * group + warp, weights[group], columns)
         shared = cute.arch.get_dyn_smem(cutlass.Uint8, alignment=16).toint()
         for turn in cutlass.range_constexpr(self.turns):
             own = shared + (warp * self.turns + turn) * 512 + lane * 16
@@ -142,38 +132,24 @@ class FlashAttentionCombine:
                 cute.make_tensor(where, cute.make_layout(1))[0] = lse
 
     @cute.jit
-    def weights(self, mLSEPartial: cute.Tensor, offset: Int64, lane: Int32):
-        """([32 parts] -> weight of part 32 group + lane, LSE of the row)"""
+    def lses(self, mLSEPartial: cute.Tensor, offset: Int64, lane: Int32) -> list:
+        """Of part lane, lane + 32, ..."""
         values = []
         for group in cutlass.range_constexpr(MAX_SPLITS // 32):
             split, value = Int32(32 * group + lane), Float32(NEG_INF)
             if split < mLSEPartial.shape[0]:
                 where = mLSEPartial.iterator + (offset + Int64(split) * Int64(mLSEPartial.stride[0]))
                 value = cute.make_tensor(where, cute.make_layout(1))[0]
-            values.append(value * math.log2(math.e))
-        top = warp_reduce(tree_reduce(values, cute.arch.fmax), cute.arch.fmax)
-        base = cutlass.select_(top == NEG_INF, Float32(0.0), top)
-        exponentials = [exp2(value - base) for value in values]
-        total = warp_reduce(tree_reduce(exponentials, operator.add), operator.add)
-        empty = top == NEG_INF
-        factor = cutlass.select_(empty, Float32(0.0), reciprocal(total))
-        lse = cutlass.select_(empty, Float32(NEG_INF), (base + log2(total)) * math.log(2.0))
-        return [value * factor for value in exponentials], lse
+            values.append(value)
+        return values
 
-    def add_group(self, sums, address: Int64, step: Int64, first: Int32, weights: Float32, lane: Int32) -> None:
+    def add_group(self, sums, address: Int64, step: Int64, first: Int32, weights: Float32, columns: list) -> None:
         """Adds every WARPS-th of 32 parts, of which `first` is the warp's first; all are loaded before the first sum."""
-        loaded = []
-        for i in range(32 // WARPS):
-            weight = cute.arch.shuffle_sync(weights, first % 32 + i * WARPS)
-            place = address + Int64(first + i * WARPS) * step
-            for turn in range(self.turns):
-                enabled = weight != 0.0
-                if turn * 128 + 128 > self.problem.head_dim_v:
-                    enabled = enabled & (turn * 128 + lane * 4 < self.problem.head_dim_v)
-                loaded.append((turn, weight, load_global_v4_f32(place + turn * 512, Int32(enabled))))
-        for turn, weight, values in loaded:
-            for i in range(4):
-                sums[4 * turn + i] = sums[4 * turn + i] + values[i] * weight
+        count = 32 // WARPS
+        own = [cute.arch.shuffle_sync(weights, first % 32 + i * WARPS) for i in range(count)]
+        numbers = iter(own)
+        is_there = lambda _: next(numbers) != 0.0  # noqa: E731
+        add_parts(sums, load_parts(address, step, first, WARPS, count, is_there, columns, load_global_v4_f32), own)
 
     def store(self, mO: cute.Tensor, offset: Int64, values: list[Float32]) -> None:
         address = mO.iterator.toint() + offset * (mO.element_type.width // 8)

@@ -1,5 +1,6 @@
 """The decode kernel: few query rows a sequence, so the query heads of one KV head are rows of one tile and K and V are
-read once. Long sequences are cut into parts that further blocks take; combine.py brings those together.
+read once. Long sequences are cut into parts that further blocks take; the last of them to
+finish brings the parts together.
 
 Source: Dao et al., Flash-Decoding (2023), for the parts; the sharing of a part among the warps of a block is our own.
 """
@@ -24,7 +25,6 @@ from flash_attn_sm120.device.seqlen import Sequence, sequence
 from flash_attn_sm120.device.visible import visible_columns
 from flash_attn_sm120.device.tile import TileLayout
 from flash_attn_sm120.dispatch import decode_memory
-from flash_attn_sm120.kernels.combine import CombineProblem, FlashAttentionCombine
 from flash_attn_sm120.problem import AttentionProblem
 
 if TYPE_CHECKING:
@@ -45,7 +45,6 @@ class FlashAttentionDecodeSm80:
         self.layout_k = TileLayout(plan.tile_n, self.memory.columns_k)
         self.layout_v = TileLayout(plan.tile_n, self.memory.columns_v)
         self.slot_bytes = max(self.layout_k.bytes, self.layout_v.bytes)
-        self.combine = FlashAttentionCombine(CombineProblem(problem.dtype, problem.head_dim_v, problem.packed_q))
 
     def operands(self, lane: Int32):
         return (Keys8 if self.problem.kv_dtype else Keys16)(self, lane)
@@ -75,16 +74,12 @@ class FlashAttentionDecodeSm80:
         else:
             batch = mQ.shape[0]
             pieces = cute.ceil_div(mQ.shape[1] * heads_per_kv, plan.tile_m) * batch
-        target, target_lse = mO, mLSE
         if cutlass.const_expr(problem.split):
             pieces = pieces + partials.out.shape[0]
-            target, target_lse = partials.out, partials.lse
-        self.kernel(mQ, mK, mV, target, target_lse, lengths, modifiers, self.in_base_2(numbers)).launch(
+        self.kernel(mQ, mK, mV, mO, mLSE, lengths, modifiers, self.in_base_2(numbers), partials).launch(
             grid=(pieces * heads_kv, 1, 1), block=(self.num_threads, 1, 1), smem=plan.smem_bytes, stream=stream,
             min_blocks_per_mp=plan.blocks_per_sm, preferred_smem_carveout=100,
         )  # fmt: skip
-        if cutlass.const_expr(problem.split):
-            self.combine(partials.out, partials.lse, mO, mLSE, lengths.cu_seqlens_q, stream)
 
     def in_base_2(self, numbers: Numbers) -> Numbers:
         """softmax_scale becomes what a raw score is multiplied by, softcap the cap_scale of apply_softcap."""
@@ -105,17 +100,16 @@ class FlashAttentionDecodeSm80:
         lengths: Lengths,
         modifiers: Modifiers,
         numbers: Numbers,
+        partials: Partials | None,
     ):
-        """mO, mLSE: the results, or the partials of a split."""
         heads_kv = mK.shape[-2]
         block, _, _ = cute.arch.block_idx()
         index = block // heads_kv
         head_kv = block - index * heads_kv
-        if cutlass.const_expr(self.problem.split):
-            cute.arch.griddepcontrol_launch_dependents()
-        piece = self.piece(mQ, mK, mO, lengths, numbers, index)
+        num_splits = partials.out.shape[0] if self.problem.split else Int32(1)
+        piece = self.piece(mQ, mK, num_splits, lengths, numbers, index)
         if piece.valid:
-            self.compute(mQ, mK, mV, mO, mLSE, lengths, modifiers, numbers, piece, head_kv)
+            self.compute(mQ, mK, mV, mO, mLSE, lengths, modifiers, numbers, partials, piece, head_kv)
 
     def keys_of(self, mQ: cute.Tensor, mK: cute.Tensor, lengths: Lengths, batch: Int32) -> tuple:
         """(seq_q, seq_k, keys of all context-parallel ranks) of a sequence."""
@@ -136,7 +130,7 @@ class FlashAttentionDecodeSm80:
 
     @cute.jit
     def piece(
-        self, mQ: cute.Tensor, mK: cute.Tensor, mO: cute.Tensor, lengths: Lengths, numbers: Numbers, index: Int32
+        self, mQ: cute.Tensor, mK: cute.Tensor, num_splits: Int32, lengths: Lengths, numbers: Numbers, index: Int32
     ) -> Piece:
         plan, lane = self.plan, cute.arch.lane_idx()
         heads_per_kv = mQ.shape[-2] // mK.shape[-2]
@@ -149,7 +143,7 @@ class FlashAttentionDecodeSm80:
             return m_blocks, cutlass.max(end - first, Int32(0))
 
         if cutlass.const_expr(self.problem.split):
-            chunk = chunk_for(extent, batch, mO.shape[0], plan.num_warps, lane)
+            chunk = chunk_for(extent, batch, num_splits, plan.num_warps, lane)
             piece = find_piece(extent, index, batch, chunk, lane)
         elif cutlass.const_expr(self.problem.packed_q):
             piece = find_piece(extent, index, batch, Int32(1 << 30), lane)
@@ -170,6 +164,7 @@ class FlashAttentionDecodeSm80:
         lengths: Lengths,
         modifiers: Modifiers,
         numbers: Numbers,
+        partials: Partials | None,
         piece: Piece,
         head_kv: Int32,
     ):
@@ -197,8 +192,8 @@ class FlashAttentionDecodeSm80:
         loop = DecodeLoop(self, rows, keys, shared + warp * self.memory.ring_bytes, scale, numbers)
         loop.run(first + warp, plan.num_warps, count)
         cute.arch.sync_threads()
-        Merge(self, loop, rows, piece, shared, warp, modifiers).run(mO, mLSE, head_kv)
+        Merge(self, loop, rows, piece, shared, warp, modifiers).run(mO, mLSE, partials, head_kv)
 
 
 class FlashAttentionDecodeSm120(FlashAttentionDecodeSm80):
-    """Within SM120's limits, by its plan; what parts of a sequence are left is combined while this one still ends."""
+    """The Sm80 kernel within SM120's limits, by its plan."""

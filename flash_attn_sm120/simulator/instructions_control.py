@@ -100,14 +100,6 @@ def _warp_sync(m, ins: Instruction):
     return lambda S, mask: None
 
 
-@operation("griddepcontrol")
-def _griddepcontrol(m, ins: Instruction):
-    """Launches run one after the other here, so there is nothing to wait for."""
-    if ins.parts[1:] not in (("wait",), ("launch_dependents",)):
-        raise unsupported(ins)
-    return lambda S, mask: None
-
-
 @operation("shfl")
 def _shfl(m, ins: Instruction):
     """Each lane reads another lane's value; beyond its segment it reads its own, and the predicate is false."""
