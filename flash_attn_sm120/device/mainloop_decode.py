@@ -61,9 +61,10 @@ class DecodeLoop:
         self.pages = cute.make_rmem_tensor((max(2 * keys.units, 1),), Int32)
 
     @cute.jit
-    def run(self, first: Int32, step: cutlass.Constexpr, count: Int32):
+    def run(self, first: Int32, step: cutlass.Constexpr, count: Int32, modifiers: cutlass.Constexpr):
         if count > 0:
             self.start(first, step, count)
+            self.rows.prepare(modifiers)
             tSrQ = self.operands.load_q(self.rows.q_addresses())
             for i in cutlass.range(count, unroll=1):
                 self.granule(first, step, i, count, tSrQ)

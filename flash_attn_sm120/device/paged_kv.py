@@ -10,10 +10,12 @@ import math
 import cutlass
 from cutlass import Int32, Int64, cute
 
-from flash_attn_sm120.device.ptx import cp_async_16_at, load_global_b32
+from flash_attn_sm120.device.ptx import cp_async_16_at, load_global_b32, prefetch_l2
 from flash_attn_sm120.device.seqlen import Sequence, clamp, head_address, sequence
 from flash_attn_sm120.device.tile import VECTOR, TileLayout
 from flash_attn_sm120.problem import AttentionProblem
+
+LINE_BYTES = 128
 
 
 def key_sequence(problem: AttentionProblem, mK: cute.Tensor, batch: Int32, lengths) -> Sequence:
@@ -25,11 +27,19 @@ def key_sequence(problem: AttentionProblem, mK: cute.Tensor, batch: Int32, lengt
     return Sequence(Int32(0), Int32(0), length, room)
 
 
-def divide(value: Int32, divisor: int) -> Int32:
-    """value // divisor for value >= 0."""
-    if divisor & (divisor - 1) == 0:
+def divide(value: Int32, divisor) -> Int32:
+    """value // divisor for value >= 0, divisor > 0."""
+    if isinstance(divisor, int) and divisor & (divisor - 1) == 0:
         return value >> (divisor.bit_length() - 1)
     return Int32(cutlass.Uint32(value) // cutlass.Uint32(divisor))
+
+
+@cute.jit
+def prefetch_table(table: cute.Tensor, index: Int32):
+    """Asks for line `index` of the page table to be brought into L2, before it is known which of them are needed."""
+    line = index * (LINE_BYTES // 4)
+    if line < table.shape[0] * table.shape[1]:
+        prefetch_l2(table.iterator.toint() + Int64(line) * 4)
 
 
 class RowSource:

@@ -12,6 +12,8 @@ from dataclasses import dataclass
 import cutlass
 from cutlass import Int32, cute
 
+from flash_attn_sm120.device.paged_kv import divide
+
 
 @dataclass(frozen=True)
 class Piece:
@@ -27,13 +29,23 @@ class Piece:
 
 def parts(granules: Int32, chunk: Int32) -> Int32:
     """A sequence without keys has one part too, which writes that there are none."""
-    return cutlass.max((granules + chunk - 1) // chunk, Int32(1))
+    return cutlass.max(divide(granules + chunk - 1, chunk), Int32(1))
 
 
 @cute.jit
 def warp_sum(value: Int32) -> Int32:
     for step in cutlass.range_constexpr(5):
         value = value + cute.arch.shuffle_sync_bfly(value, offset=1 << step)
+    return value
+
+
+@cute.jit
+def before_and_own(value: Int32, lane: Int32) -> Int32:
+    """Sum of the values of the lanes up to this one."""
+    for step in cutlass.range_constexpr(5):
+        below = cute.arch.shuffle_sync_up(value, offset=1 << step, mask_and_clamp=0)
+        if lane >= 1 << step:
+            value = value + below
     return value
 
 
@@ -49,9 +61,12 @@ def chunk_for(
         if index < batch:
             m_blocks, granules = extent(index)
             work = work + m_blocks * granules
-    work = warp_sum(work)
-    chunk = (work + num_splits - 1) // num_splits
-    return cutlass.max((chunk + unit - 1) // unit, Int32(1)) * unit
+    if batch > 1:
+        work = warp_sum(work)
+    else:
+        work = cute.arch.shuffle_sync(work, 0)
+    chunk = divide(work + num_splits - 1, num_splits)
+    return cutlass.max(divide(chunk + unit - 1, unit), Int32(1)) * unit
 
 
 @cute.jit
@@ -72,10 +87,8 @@ def find_piece(
             m_blocks, granules = extent(mine)
             splits = parts(granules, chunk)
         end = m_blocks * splits
-        for step in cutlass.range_constexpr(5):
-            below = cute.arch.shuffle_sync_up(end, offset=1 << step, mask_and_clamp=0)
-            if lane >= 1 << step:
-                end = end + below
+        if batch > 1:
+            end = before_and_own(end, lane)
         holders = cute.arch.vote_ballot_sync(before + end > index)
         if holders != 0:
             owner = cute.arch.popc(~holders & (holders - 1))
@@ -85,6 +98,6 @@ def find_piece(
             found_before = before + cute.arch.shuffle_sync(end, owner) - found_blocks * found_splits
         before = before + cute.arch.shuffle_sync(end, 31)
         first = first + 32
-    within = index - found_before
-    split = within // found_blocks
+    within = cutlass.max(index - found_before, Int32(0))
+    split = divide(within, found_blocks)
     return Piece(found_batch, within - split * found_blocks, split, found_splits, chunk, found_batch >= 0)

@@ -183,6 +183,12 @@ def cp_async_16_at(
 
 
 @dsl_user_op
+def prefetch_l2(glob: Int64, *, loc=None, ip=None) -> None:
+    operand = Int64(glob).ir_value(loc=loc, ip=ip)
+    _asm(None, [operand], "prefetch.global.L2 [$0];", "l", volatile=True, loc=loc, ip=ip)
+
+
+@dsl_user_op
 def load_global_b32(glob: Int64, offset: int = 0, *, loc=None, ip=None) -> Int32:
     operand = Int64(glob).ir_value(loc=loc, ip=ip)
     text = f"ld.global.b32 $0, [$1+{offset}];"

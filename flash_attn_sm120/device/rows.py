@@ -7,6 +7,7 @@ import math
 import cutlass
 from cutlass import Float32, Int32, Int64, cute
 
+from flash_attn_sm120.device.paged_kv import divide
 from flash_attn_sm120.device.seqlen import Sequence
 from flash_attn_sm120.device.visible import same_columns, visible_columns
 
@@ -19,7 +20,7 @@ class RowTile:
 
     def __init__(
         self, config, mQ: cute.Tensor, seq_q: Sequence, seqlen_k: Int32, total_k: Int32, m_block, head_kv, heads_per_kv,
-        modifiers, numbers, batch,
+        numbers, batch,
     ):  # fmt: skip
         problem, plan = config.problem, config.plan
         self.config, self.mQ, self.seq_q, self.heads_per_kv, self.numbers = config, mQ, seq_q, heads_per_kv, numbers
@@ -33,22 +34,26 @@ class RowTile:
         self.group = cute.arch.lane_idx() // 4
 
         used = cutlass.max(seq_q.length, Int32(1))
-        first_token = cutlass.min(self.first_row // heads_per_kv, used - 1)
+        first_token = cutlass.min(divide(self.first_row, heads_per_kv), used - 1)
         last_row = cutlass.min(self.first_row + plan.tile_m, used * heads_per_kv) - 1
-        last_token = last_row // heads_per_kv
+        last_token = divide(last_row, heads_per_kv)
         begin, self.inner_end = self.columns(first_token)
         self.inner_begin, end = self.columns(last_token)
         is_used = self.first_row < seq_q.length * heads_per_kv
         self.begin, self.end = begin, cutlass.select_(is_used, end, Int32(0))
 
+        self.tokens = self.bounds = self.slopes = None
+
+    def prepare(self, modifiers) -> None:
+        """What the thread's rows need; the first loads don't wait for it."""
+        plan = self.config.plan
         self.tokens = [self.token(8 * r + self.group) for r in range(plan.tile_m // 8)]
-        self.bounds = None
-        if not same_columns(problem):
+        if not same_columns(self.config.problem):
             self.bounds = [self.columns(token) for token in self.tokens]
-        if problem.alibi:
+        if self.config.problem.alibi:
             slopes = modifiers.alibi_slopes
             own = [self.head(8 * r + self.group) for r in range(plan.tile_m // 8)]
-            self.slopes = [slopes[batch, head] * math.log2(math.e) for head in own]
+            self.slopes = [slopes[self.batch, head] * math.log2(math.e) for head in own]
 
     def columns(self, token: Int32) -> tuple[Int32, Int32]:
         """Local columns that the rows of a token see."""
@@ -62,10 +67,10 @@ class RowTile:
         return cutlass.min(self.first_row + row, last)
 
     def token(self, row: Int32) -> Int32:
-        return self._existing(row) // self.heads_per_kv
+        return divide(self._existing(row), self.heads_per_kv)
 
     def head(self, row: Int32) -> Int32:
-        return self.first_head + self._existing(row) % self.heads_per_kv
+        return self.place(self._existing(row))[1]
 
     def q_addresses(self) -> list[Int64]:
         """Of the thread's rows."""
@@ -95,7 +100,7 @@ class RowTile:
 
     def place(self, row: Int32) -> tuple[Int32, Int32]:
         """(token, head) of row `row` of the sequence."""
-        token = row // self.heads_per_kv
+        token = divide(row, self.heads_per_kv)
         return token, self.first_head + row - token * self.heads_per_kv
 
     def _address(self, tensor: cute.Tensor, seq: Sequence, token: Int32, head: Int32) -> Int64:

@@ -18,7 +18,7 @@ from flash_attn_sm120.device.decode_gemm import Keys16
 from flash_attn_sm120.device.fp8 import Keys8
 from flash_attn_sm120.device.mainloop_decode import DecodeLoop
 from flash_attn_sm120.device.merge import Merge
-from flash_attn_sm120.device.paged_kv import KeysAndValues, key_sequence
+from flash_attn_sm120.device.paged_kv import KeysAndValues, divide, key_sequence, prefetch_table
 from flash_attn_sm120.device.pieces import Piece, chunk_for, find_piece
 from flash_attn_sm120.device.rows import RowTile
 from flash_attn_sm120.device.seqlen import Sequence, sequence
@@ -76,7 +76,9 @@ class FlashAttentionDecodeSm80:
             pieces = cute.ceil_div(mQ.shape[1] * heads_per_kv, plan.tile_m) * batch
         if cutlass.const_expr(problem.split):
             pieces = pieces + partials.out.shape[0]
-        self.kernel(mQ, mK, mV, mO, mLSE, lengths, modifiers, self.in_base_2(numbers), partials).launch(
+        self.kernel(
+            mQ, mK, mV, mO, mLSE, lengths, modifiers, self.in_base_2(numbers), partials, heads_kv, heads_per_kv
+        ).launch(
             grid=(pieces * heads_kv, 1, 1), block=(self.num_threads, 1, 1), smem=plan.smem_bytes, stream=stream,
             min_blocks_per_mp=plan.blocks_per_sm, preferred_smem_carveout=100,
         )  # fmt: skip
@@ -101,15 +103,19 @@ class FlashAttentionDecodeSm80:
         modifiers: Modifiers,
         numbers: Numbers,
         partials: Partials | None,
+        heads_kv: Int32,
+        heads_per_kv: Int32,
     ):
-        heads_kv = mK.shape[-2]
         block, _, _ = cute.arch.block_idx()
-        index = block // heads_kv
+        if cutlass.const_expr(self.problem.page_size > 0):
+            thread, _, _ = cute.arch.thread_idx()
+            prefetch_table(lengths.page_table, block * self.num_threads + thread)
+        index = divide(block, heads_kv)
         head_kv = block - index * heads_kv
         num_splits = partials.out.shape[0] if self.problem.split else Int32(1)
-        piece = self.piece(mQ, mK, num_splits, lengths, numbers, index)
+        piece = self.piece(mQ, mK, num_splits, lengths, numbers, index, heads_per_kv)
         if piece.valid:
-            self.compute(mQ, mK, mV, mO, mLSE, lengths, modifiers, numbers, partials, piece, head_kv)
+            self.compute(mQ, mK, mV, mO, mLSE, lengths, modifiers, numbers, partials, piece, head_kv, heads_per_kv)
 
     def keys_of(self, mQ: cute.Tensor, mK: cute.Tensor, lengths: Lengths, batch: Int32) -> tuple:
         """(seq_q, seq_k, keys of all context-parallel ranks) of a sequence."""
@@ -126,20 +132,26 @@ class FlashAttentionDecodeSm80:
         begin, _ = visible_columns(self.problem, total_k - seq_q.length, *bounds)
         _, end = visible_columns(self.problem, total_k - 1, *bounds)
         end = cutlass.select_(seq_q.length > 0, Int32(end), Int32(0))
-        return Int32(begin) // self.plan.tile_n, (end + self.plan.tile_n - 1) // self.plan.tile_n
+        return divide(Int32(begin), self.plan.tile_n), divide(end + self.plan.tile_n - 1, self.plan.tile_n)
 
     @cute.jit
     def piece(
-        self, mQ: cute.Tensor, mK: cute.Tensor, num_splits: Int32, lengths: Lengths, numbers: Numbers, index: Int32
+        self,
+        mQ: cute.Tensor,
+        mK: cute.Tensor,
+        num_splits: Int32,
+        lengths: Lengths,
+        numbers: Numbers,
+        index: Int32,
+        heads_per_kv: Int32,
     ) -> Piece:
         plan, lane = self.plan, cute.arch.lane_idx()
-        heads_per_kv = mQ.shape[-2] // mK.shape[-2]
         batch = lengths.cu_seqlens_q.shape[0] - 1 if self.problem.packed_q else mQ.shape[0]
 
         def extent(b):
             seq_q, seq_k, total_k = self.keys_of(mQ, mK, lengths, b)
             first, end = self.granules(seq_q, seq_k.length, total_k, numbers)
-            m_blocks = (seq_q.room * heads_per_kv + plan.tile_m - 1) // plan.tile_m
+            m_blocks = divide(seq_q.room * heads_per_kv + plan.tile_m - 1, plan.tile_m)
             return m_blocks, cutlass.max(end - first, Int32(0))
 
         if cutlass.const_expr(self.problem.split):
@@ -149,7 +161,7 @@ class FlashAttentionDecodeSm80:
             piece = find_piece(extent, index, batch, Int32(1 << 30), lane)
         else:
             m_blocks = cute.ceil_div(mQ.shape[1] * heads_per_kv, plan.tile_m)
-            owner = index // m_blocks
+            owner = divide(index, m_blocks)
             piece = Piece(owner, index - owner * m_blocks, Int32(0), Int32(1), Int32(1 << 30), Boolean(True))
         return piece
 
@@ -167,30 +179,30 @@ class FlashAttentionDecodeSm80:
         partials: Partials | None,
         piece: Piece,
         head_kv: Int32,
+        heads_per_kv: Int32,
     ):
         problem, plan = self.problem, self.plan
         warp = cute.arch.make_warp_uniform(cute.arch.warp_idx())
         shared = cute.arch.get_dyn_smem(cutlass.Uint8, alignment=1024).toint()
         seq_q, seq_k, total_k = self.keys_of(mQ, mK, lengths, piece.batch)
-        heads_per_kv = mQ.shape[-2] // mK.shape[-2]
         rows = RowTile(
-            self, mQ, seq_q, seq_k.length, total_k, piece.m_block, head_kv, heads_per_kv, modifiers, numbers, piece.batch
+            self, mQ, seq_q, seq_k.length, total_k, piece.m_block, head_kv, heads_per_kv, numbers, piece.batch
         )
         first, end = self.granules(seq_q, seq_k.length, total_k, numbers)
         if cutlass.const_expr(problem.split):
             first = first + piece.split * piece.chunk
             end = cutlass.min(end, first + piece.chunk)
         # of these, what the rows of this tile see
-        first = cutlass.max(first, rows.begin // plan.tile_n)
-        end = cutlass.min(end, (rows.end + plan.tile_n - 1) // plan.tile_n)
-        count = cutlass.max(end - first - warp + plan.num_warps - 1, Int32(0)) // plan.num_warps
+        first = cutlass.max(first, divide(rows.begin, plan.tile_n))
+        end = cutlass.min(end, divide(rows.end + plan.tile_n - 1, plan.tile_n))
+        count = divide(cutlass.max(end - first - warp + plan.num_warps - 1, Int32(0)), plan.num_warps)
 
         scale = numbers.softmax_scale
         if cutlass.const_expr(problem.k_descale):
             scale = scale * modifiers.k_descale[piece.batch, head_kv]
         keys = KeysAndValues(self, mK, mV, piece.batch, seq_k, head_kv, lengths, (rows.begin, rows.end))
         loop = DecodeLoop(self, rows, keys, shared + warp * self.memory.ring_bytes, scale, numbers)
-        loop.run(first + warp, plan.num_warps, count)
+        loop.run(first + warp, plan.num_warps, count, modifiers)
         cute.arch.sync_threads()
         Merge(self, loop, rows, piece, shared, warp, modifiers).run(mO, mLSE, partials, head_kv)
 

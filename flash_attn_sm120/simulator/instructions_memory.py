@@ -173,6 +173,14 @@ def _st(m, ins: Instruction):
     return step
 
 
+@operation("prefetch")
+def _prefetch(m, ins: Instruction):
+    """Changes nothing that a program sees, whatever the address."""
+    if ins.parts[1:] != ("global", "L2"):
+        raise unsupported(ins)
+    return lambda S, mask: None
+
+
 def _store_words(m, space: str, warps, lanes, address, size: int, values) -> None:
     if space == "global":
         m.memory.store(address, size, values, m.cta_numbers(warps))
