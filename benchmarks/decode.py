@@ -25,7 +25,7 @@ from flash_attn_sm120.arguments import Arguments, Lengths, Numbers, Partials
 from flash_attn_sm120.compile import build
 from flash_attn_sm120.dispatch import Plan, choose
 from flash_attn_sm120.problem import AttentionProblem
-from flash_attn_sm120.splits import num_splits
+from flash_attn_sm120.splits import num_splits, tickets
 
 L2_BYTES = 64 << 20
 KV_DTYPES = {"": torch.bfloat16, "float8_e4m3fn": torch.float8_e4m3fn}
@@ -66,25 +66,30 @@ ISSUE = [(1, 8192, 32, 8), (1, 65536, 32, 8), (8, 8192, 32, 8), (64, 4096, 32, 8
 WINDOWS = [Cell(batch, 1024) for batch in (1, 64)] + [Cell(batch, 32768, window=1023) for batch in (1, 64)]
 
 
-def inputs(cell: Cell, splits: int) -> Arguments:
-    """One call's arguments; pages in random order."""
+def inputs(cell: Cell, splits: int, sets: int) -> list[tuple]:
+    """Arguments of calls that are like the layers of a model: one page table, in random order, and pools of their own."""
     pages = -(-cell.seqlen // cell.page_size)
-    q = torch.randn(cell.batch, cell.seqlen_q, cell.heads, cell.head_dim, device="cuda", dtype=torch.bfloat16)
-    shape = (cell.batch * pages, cell.page_size, cell.heads_kv, cell.head_dim)
-    k, v = (torch.randn(shape, device="cuda", dtype=torch.bfloat16).to(KV_DTYPES[cell.kv_dtype]) for _ in range(2))
     table = torch.randperm(cell.batch * pages, device="cuda").int().reshape(cell.batch, pages)
     used = torch.full((cell.batch,), cell.seqlen, device="cuda", dtype=torch.int32)
     window = (0, 0) if cell.window is None else (cell.window, 0)
     numbers = Numbers(1 / math.sqrt(cell.head_dim), 0.0, *window)
+    shape = (cell.batch * pages, cell.page_size, cell.heads_kv, cell.head_dim)
+    lengths, dtype = Lengths(seqused_k=used, page_table=table), KV_DTYPES[cell.kv_dtype]
+    q_shape = (cell.batch, cell.seqlen_q, cell.heads, cell.head_dim)
     partials = None
     if splits > 1:
+        count = tickets(choose(cell.problem(True)), cell.heads_kv, cell.heads, q_shape, cell.batch)
         partials = Partials(
-            torch.empty(splits, *q.shape, device="cuda"),
+            torch.empty(splits, *q_shape, device="cuda"),
             torch.empty(splits, cell.batch, cell.heads, cell.seqlen_q, device="cuda"),
-            torch.zeros(1 << 16, device="cuda", dtype=torch.int32),
+            torch.zeros(count, device="cuda", dtype=torch.int32),
         )
-    return (*Arguments(q, k, v, torch.empty_like(q), None, Lengths(seqused_k=used, page_table=table), numbers=numbers),
-            partials)  # fmt: skip
+    calls = []
+    for _ in range(sets):
+        q = torch.randn(q_shape, device="cuda", dtype=torch.bfloat16)
+        k, v = (torch.randn(shape, device="cuda", dtype=torch.bfloat16).to(dtype) for _ in range(2))
+        calls.append((*Arguments(q, k, v, torch.empty_like(q), None, lengths, numbers=numbers), partials))
+    return calls
 
 
 def graph_ms(call: Callable, sets: list[tuple], repeats: int = 20) -> float:
@@ -132,7 +137,7 @@ def prepare(cell: Cell, occupancy: str, plan: Plan | None = None, splits: int = 
 
 def measure(cell: Cell, occupancy: str, plan: Plan | None = None, splits: int = 0) -> dict:
     call, splits = prepare(cell, occupancy, plan, splits)
-    sets = [inputs(cell, splits) for _ in range(max(2, -(-4 * L2_BYTES // cell.bytes_read)))]
+    sets = inputs(cell, splits, min(max(2, -(-4 * L2_BYTES // cell.bytes_read)), 64))
     row = {"cell": cell.name, "splits": splits}
     timings = {"eager": median_ms(call, sets), "graph": graph_ms(call, sets), "row": row_ms(call, sets)}
     for name, ms in timings.items():

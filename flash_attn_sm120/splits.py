@@ -31,5 +31,5 @@ def tickets(plan: Plan, heads_kv: int, heads: int, q_shape: tuple[int, ...], bat
     """How many tickets a launch counts with. q_shape: (batch, seqlen_q, heads, d) or (total_q, heads, d)."""
     heads_per_kv = heads // heads_kv
     if len(q_shape) == 3:
-        return (q_shape[0] * heads_per_kv // plan.tile_m + batch) * heads_kv
-    return batch * -(-q_shape[1] * heads_per_kv // plan.tile_m) * heads_kv
+        return (q_shape[0] * heads_per_kv // plan.tile_m + batch) * heads_kv * plan.tile_m
+    return batch * -(-q_shape[1] * heads_per_kv // plan.tile_m) * heads_kv * plan.tile_m

@@ -91,16 +91,16 @@ class Keys8:
         layout = self.config.layout_k
         units = self._units(layout)
         total = ScoreSum(tSrS)
-        for n in range(total.n_frags):
-            k = 0
-            for chunk in range(layout.chunks):
-                for unit in range(units):
-                    # rows 8 n have the same phase
-                    offset = layout.unit_offset(self.group, self.quad * units + unit)
-                    place = shared + offset + (chunk * layout.chunk_bytes + 8 * n * layout.row_bytes)
-                    for word in load_shared_v4(place):
-                        total.add(k, n, tSrQ[k], fp8_to_f16(word, self.kind), "f16")
-                        k += 1
+        k = 0
+        for chunk in range(layout.chunks):
+            for unit in range(units):
+                # rows 8 n have the same phase
+                place = shared + layout.unit_offset(self.group, self.quad * units + unit) + chunk * layout.chunk_bytes
+                keys = [load_shared_v4(place + 8 * n * layout.row_bytes) for n in range(total.n_frags)]
+                for word in range(4):
+                    for n in range(total.n_frags):
+                        total.add(k, n, tSrQ[k], fp8_to_f16(keys[n][word], self.kind), "f16")
+                    k += 1
         total.store()
         if self.scales is not None:
             for m in range(total.m_frags):

@@ -41,9 +41,9 @@ class DecodeSoftmax(OnlineSoftmax):
 class DecodeLoop:
     """A warp's way through its granules: first, first + step, ..., `count` of them."""
 
-    def __init__(self, config, rows: RowTile, keys: KeysAndValues, shared: Int32, score_scale: Float32, numbers):
+    def __init__(self, config, keys: KeysAndValues, shared: Int32, score_scale: Float32, numbers):
         problem, plan = config.problem, config.plan
-        self.config, self.rows, self.keys, self.numbers = config, rows, keys, numbers
+        self.config, self.rows, self.keys, self.numbers = config, None, keys, numbers
         self.lane = cute.arch.lane_idx()
         self.shared = shared
         self.ahead = plan.stages - 1
@@ -60,10 +60,18 @@ class DecodeLoop:
         # Pages of the granule whose K was loaded last, then of the next.
         self.pages = cute.make_rmem_tensor((max(2 * keys.units, 1),), Int32)
 
+    def first_pages(self, first: Int32, step: int) -> list:
+        """Page numbers of the granules that are loaded before the first is multiplied, and of the next."""
+        return [self.keys.page_numbers(first + i * step) for i in range((self.ahead + 1) // 2 + 1)]
+
     @cute.jit
-    def run(self, first: Int32, step: cutlass.Constexpr, count: Int32, modifiers: cutlass.Constexpr):
+    def run(
+        self, rows: RowTile, pages: cutlass.Constexpr, first: Int32, step: cutlass.Constexpr, count: Int32, modifiers
+    ):
+        """pages: first_pages(first, step)."""
+        self.rows = rows
         if count > 0:
-            self.start(first, step, count)
+            self.start(pages, first, step, count)
             self.rows.prepare(modifiers)
             tSrQ = self.operands.load_q(self.rows.q_addresses())
             for i in cutlass.range(count, unroll=1):
@@ -71,17 +79,15 @@ class DecodeLoop:
             cute.arch.cp_async_wait_group(0)
 
     @cute.jit
-    def start(self, first: Int32, step: cutlass.Constexpr, count: Int32):
-        """The first `ahead` tiles, and the page numbers after them."""
-        granules = (self.ahead + 1) // 2
-        numbers = [self.keys.page_numbers(first + i * step) for i in range(granules + 1)]
+    def start(self, pages: cutlass.Constexpr, first: Int32, step: cutlass.Constexpr, count: Int32):
+        """The first `ahead` tiles."""
         for h in cutlass.range_constexpr(self.ahead):
             if h // 2 < count:
-                self.load(first + h // 2 * step, h % 2, self.shared + h * self.config.slot_bytes, numbers[h // 2])
+                self.load(first + h // 2 * step, h % 2, self.shared + h * self.config.slot_bytes, pages[h // 2])
             cute.arch.cp_async_commit_group()
-        for unit in cutlass.range_constexpr(len(numbers[0])):
-            self.pages[unit] = numbers[granules - 1][unit]
-            self.pages[self.keys.units + unit] = numbers[granules][unit]
+        for unit in cutlass.range_constexpr(len(pages[0])):
+            self.pages[unit] = pages[len(pages) - 2][unit]
+            self.pages[self.keys.units + unit] = pages[len(pages) - 1][unit]
 
     def load(self, granule: Int32, is_v: int, shared: Int32, pages: list) -> None:
         (self.keys.load_v if is_v else self.keys.load_k)(shared, granule, pages)

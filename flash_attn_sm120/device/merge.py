@@ -8,13 +8,13 @@ import cutlass
 from cutlass import Boolean, Float32, Int32, Int64, cute
 
 from flash_attn_sm120.device.mainloop_decode import DecodeLoop
+from flash_attn_sm120.device.paged_kv import divide
 from flash_attn_sm120.device.parts import add_parts, lane_columns, load_parts, part_weights
 from flash_attn_sm120.device.pieces import Piece
 from flash_attn_sm120.device.ptx import (
     exp2,
     load_fresh_f32,
     load_fresh_v4_f32,
-    load_shared_b32,
     load_shared_f32,
     log2,
     pack_pair,
@@ -22,7 +22,6 @@ from flash_attn_sm120.device.ptx import (
     store_global_v2,
     store_global_v4,
     store_global_v4_f32,
-    store_shared_b32,
     store_shared_f32,
     take_ticket,
 )
@@ -43,27 +42,29 @@ class Merge:
         self.notes = shared + config.memory.notes_offset
         self.row_bytes = config.memory.staged_row_bytes
         self.own_rows = config.plan.tile_m // 8
+        self.lses = cute.make_rmem_tensor((self.own_rows,), Float32)
 
     @cute.jit
     def run(self, mO: cute.Tensor, mLSE: cute.Tensor | None, partials: cutlass.Constexpr, head_kv: Int32):
         self.note()
         cute.arch.sync_threads()
-        lses = self.stage(head_kv)
-        cute.arch.sync_threads()
+        self.stage(head_kv)
         if cutlass.const_expr(not self.config.problem.split):
-            self.store(mO, mLSE, lses, False)
+            self.finish(mO, mLSE)
         else:
             if self.piece.splits == 1:
-                self.store(mO, mLSE, lses, False)
+                self.finish(mO, mLSE)
             else:
-                self.store(partials.out, partials.lse, lses, True)
+                self.store_lse(partials.lse, True)
                 cute.arch.sync_threads()
-                if self.is_last(partials.tickets, head_kv):
-                    self.combine(mO, mLSE, partials)
+                self.store_part(partials.out)
+                self.combine(mO, mLSE, partials, head_kv)
 
-    def store(self, mO: cute.Tensor, mLSE: cute.Tensor | None, lses: list, partial: bool) -> None:
-        self.store_lse(mLSE, lses, partial)
-        self.store_out(mO, partial)
+    @cute.jit
+    def finish(self, mO: cute.Tensor, mLSE: cute.Tensor | None):
+        self.store_lse(mLSE, False)
+        cute.arch.sync_threads()
+        self.store_out(mO)
 
     @cute.jit
     def note(self):
@@ -74,30 +75,36 @@ class Merge:
                 row = self.warp * self.config.plan.tile_m + 8 * r + self.group
                 store_shared_f32(self.notes + row * 8, statistics[r])
 
-    def stage(self, head_kv: Int32) -> list[Float32]:
-        """Puts the warp's share of the normalised O into its ring; returns the rows' natural-log LSE."""
-        config, tOrO = self.config, self.loop.tOrO
+    @cute.jit
+    def stage(self, head_kv: Int32):
+        """Puts the warp's share of the normalised O into its ring; the rows' natural-log LSE into lses."""
+        config = self.config
         staged = self.shared + self.warp * config.memory.ring_bytes
         descale = Float32(1.0)
-        if config.problem.v_descale:
+        if cutlass.const_expr(config.problem.v_descale):
             descale = self.modifiers.v_descale[self.rows.batch, head_kv]
-        lses = []
-        for r in range(self.own_rows):
-            factor, lse = self.factor(r)
-            lses.append(lse)
-            factor = factor * descale
-            own_row = staged + (8 * r + self.group) * self.row_bytes
-            for n in range(tOrO.shape[1]):
-                values = [tOrO[r // 2, n, 2 * (r % 2) + i] * factor for i in range(2)]
-                lane_col, col = self.loop.operands.column(n, 0)
-                _, right = self.loop.operands.column(n, 1)
-                place = own_row + lane_col * 4
-                if right == col + 1:
-                    store_shared_f32(place + col * 4, values)
-                else:
-                    store_shared_f32(place + col * 4, values[:1])
-                    store_shared_f32(place + right * 4, values[1:])
-        return lses
+        for r in cutlass.range_constexpr(self.own_rows):
+            if 8 * r < self.rows.rows_left:
+                factor = self.finish_row(r)
+                if 8 * r + self.group < self.rows.rows_left:
+                    self.stage_row(staged + (8 * r + self.group) * self.row_bytes, r, factor * descale)
+
+    def finish_row(self, r: int) -> Float32:
+        factor, self.lses[r] = self.factor(r)
+        return factor
+
+    def stage_row(self, shared: Int32, r: int, factor: Float32) -> None:
+        tOrO = self.loop.tOrO
+        for n in range(tOrO.shape[1]):
+            values = [tOrO[r // 2, n, 2 * (r % 2) + i] * factor for i in range(2)]
+            lane_col, col = self.loop.operands.column(n, 0)
+            _, right = self.loop.operands.column(n, 1)
+            place = shared + lane_col * 4
+            if right == col + 1:
+                store_shared_f32(place + col * 4, values)
+            else:
+                store_shared_f32(place + col * 4, values[:1])
+                store_shared_f32(place + right * 4, values[1:])
 
     def factor(self, r: int) -> tuple[Float32, Float32]:
         """(what the warp's O of row r is multiplied by, LSE of the row over all warps)."""
@@ -133,7 +140,7 @@ class Merge:
         return value
 
     @cute.jit
-    def store_lse(self, mLSE: cute.Tensor | None, lses: list, partial: cutlass.Constexpr):
+    def store_lse(self, mLSE: cute.Tensor | None, partial: cutlass.Constexpr):
         if cutlass.const_expr(mLSE is not None):
             if (self.warp == 0) & (self.quad == 0):
                 for r in cutlass.range_constexpr(self.own_rows):
@@ -142,29 +149,37 @@ class Merge:
                         offset = self.rows.lse_offset(mLSE, row)
                         if cutlass.const_expr(partial):
                             offset = offset + Int64(self.piece.split) * Int64(mLSE.stride[0])
-                        write(mLSE, offset, lses[r])
+                        write(mLSE, offset, self.lses[r])
 
     @cute.jit
-    def store_out(self, mO: cute.Tensor, partial: cutlass.Constexpr):
-        """All threads add the warps' shares up: 8 columns at a time of 16 bits, 4 of float32."""
+    def store_out(self, mO: cute.Tensor):
+        """All threads add the warps' shares up, 8 columns at a time."""
         config = self.config
         thread, _, _ = cute.arch.thread_idx()
-        cols = 4 if partial else 8
-        units = config.problem.head_dim_v // cols
+        units = config.problem.head_dim_v // 8
         threads = 32 * config.plan.num_warps
         for turn in cutlass.range_constexpr(-(-config.plan.tile_m * units // threads)):
             place = thread + turn * threads
-            row = place // units
+            row = divide(place, units)
             if (row < config.plan.tile_m) & (row < self.rows.rows_left):
                 unit = place - row * units
-                values = self.added(row, unit * cols, cols)
-                address = self.rows.out_address(mO, row) + Int64(unit * 16)
-                if cutlass.const_expr(partial):
-                    address = address + Int64(self.piece.split) * Int64(mO.stride[0]) * 4
-                    store_global_v4_f32(address, values)
-                else:
-                    pairs = [pack_pair(*values[i : i + 2], config.dtype) for i in range(0, 8, 2)]
-                    store_global_v4(address, pairs)
+                values = self.added(row, unit * 8, 8)
+                pairs = [pack_pair(values[i], values[i + 1], config.dtype) for i in range(0, 8, 2)]
+                store_global_v4(self.rows.out_address(mO, row) + Int64(unit * 16), pairs)
+
+    @cute.jit
+    def store_part(self, mPartial: cute.Tensor):
+        """A warp adds up and stores the rows that it will combine if this part is the last one to be done."""
+        columns = lane_columns(self.config.problem.head_dim_v, self.lane)
+        for row in cutlass.range(self.warp, self.num_rows(), self.config.plan.num_warps, unroll=1):
+            address = self.rows.out_address(mPartial, row) + Int64(self.lane * 16)
+            address = address + Int64(self.piece.split) * Int64(mPartial.stride[0]) * 4
+            for turn in cutlass.range_constexpr(len(columns)):
+                if columns[turn]:
+                    store_global_v4_f32(address + turn * 512, self.added(row, turn * 128 + self.lane * 4, 4))
+
+    def num_rows(self) -> Int32:
+        return cutlass.min(self.rows.rows_left, Int32(self.config.plan.tile_m))
 
     def added(self, row: Int32, col: Int32, cols: int) -> list[Float32]:
         place = self.shared + row * self.row_bytes + col * 4
@@ -176,22 +191,22 @@ class Merge:
         return values
 
     @cute.jit
-    def is_last(self, tickets: cute.Tensor, head_kv: Int32):
-        """Whether all other parts of these rows have been stored; for all threads."""
-        thread, _, _ = cute.arch.thread_idx()
-        if thread == 0:
-            place = self.rows.tile_number() * self.rows.heads_kv + head_kv
-            ticket = take_ticket(tickets.iterator.toint() + Int64(place) * 4, self.piece.splits - 1)
-            store_shared_b32(self.notes, ticket)
-        cute.arch.sync_threads()
-        return load_shared_b32(self.notes) == self.piece.splits - 1
-
-    @cute.jit
-    def combine(self, mO: cute.Tensor, mLSE: cute.Tensor | None, partials: cutlass.Constexpr):
-        """The rows of the tile from their parts, a warp a row."""
-        rows = cutlass.min(self.rows.rows_left, Int32(self.config.plan.tile_m))
-        for row in cutlass.range(self.warp, rows, self.config.plan.num_warps, unroll=1):
-            self.combine_row(mO, mLSE, partials, row)
+    def combine(self, mO: cute.Tensor, mLSE: cute.Tensor | None, partials: cutlass.Constexpr, head_kv: Int32):
+        """The rows of which all other parts have been stored, from their parts; a row is the business of one warp."""
+        warps = self.config.plan.num_warps
+        number = self.rows.tile_number() * self.rows.heads_kv + head_kv
+        own_row = self.warp + self.lane * warps
+        is_last = Boolean(False)
+        cute.arch.sync_warp()
+        if own_row < self.num_rows():
+            place = partials.tickets.iterator.toint() + Int64(number * self.config.plan.tile_m + own_row) * 4
+            is_last = take_ticket(place, self.piece.splits - 1) == self.piece.splits - 1
+        last_rows = cute.arch.vote_ballot_sync(is_last)
+        cute.arch.sync_warp()
+        for row in cutlass.range(self.warp, self.num_rows(), warps, unroll=1):
+            if (last_rows & 1) != 0:
+                self.combine_row(mO, mLSE, partials, row)
+            last_rows = last_rows >> 1
 
     @cute.jit
     def combine_row(
@@ -202,10 +217,13 @@ class Merge:
         sums.fill(0.0)
         first_parts = self.load(partials.out, row, columns, 0)  # on their way while the weights are
         weights, lse = part_weights(self.part_lses(partials.lse, row))
-        self.add(sums, first_parts, weights, 0)
-        for first in cutlass.range_constexpr(PARTS_AT_ONCE, MAX_SPLITS, PARTS_AT_ONCE):
-            if first < self.piece.splits:
-                self.add(sums, self.load(partials.out, row, columns, first), weights, first)
+        self.add(sums, first_parts, weights[0])
+        for first in cutlass.range(PARTS_AT_ONCE, self.piece.splits, PARTS_AT_ONCE, unroll=1):
+            weight = weights[0]
+            if first >= 32:
+                weight = weights[1]
+            weight = cute.arch.shuffle_sync(weight, (self.lane + first) % 32)
+            self.add(sums, self.load(partials.out, row, columns, first), weight)
         target = self.rows.out_address(mO, row) + Int64(self.lane * 8)
         for turn in cutlass.range_constexpr(len(columns)):
             if columns[turn]:
@@ -215,15 +233,15 @@ class Merge:
             if self.lane == 0:
                 write(mLSE, self.rows.lse_offset(mLSE, row), lse)
 
-    def load(self, mPartial: cute.Tensor, row: Int32, columns: list, first: int) -> list:
+    def load(self, mPartial: cute.Tensor, row: Int32, columns: list, first) -> list:
         address = self.rows.out_address(mPartial, row) + Int64(self.lane * 16)
         step, splits = Int64(mPartial.stride[0]) * 4, self.piece.splits
         place = (address, step, first, 1, PARTS_AT_ONCE)
         return load_parts(*place, lambda number: number < splits, columns, load_fresh_v4_f32)
 
-    def add(self, sums: cute.Tensor, loaded: list, weights: list[Float32], first: int) -> None:
-        own = [cute.arch.shuffle_sync(weights[(first + i) // 32], (first + i) % 32) for i in range(PARTS_AT_ONCE)]
-        add_parts(sums, loaded, own)
+    def add(self, sums: cute.Tensor, loaded: list, weight: Float32) -> None:
+        """weight: lane i has that of part i of those loaded."""
+        add_parts(sums, loaded, [cute.arch.shuffle_sync(weight, i) for i in range(PARTS_AT_ONCE)])
 
     @cute.jit
     def part_lses(self, mLSE: cute.Tensor, row: Int32) -> list:

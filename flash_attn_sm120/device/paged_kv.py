@@ -10,7 +10,7 @@ import math
 import cutlass
 from cutlass import Int32, Int64, cute
 
-from flash_attn_sm120.device.ptx import cp_async_16_at, load_global_b32, prefetch_l2
+from flash_attn_sm120.device.ptx import cp_async_16_at, load_global_b32_if, prefetch_l2
 from flash_attn_sm120.device.seqlen import Sequence, clamp, head_address, sequence
 from flash_attn_sm120.device.tile import VECTOR, TileLayout
 from flash_attn_sm120.problem import AttentionProblem
@@ -84,14 +84,15 @@ class RowSource:
 
 
 class KeysAndValues:
-    """K and V of one (batch, head_kv); K and V share the page numbers."""
+    """K and V of one (batch, head_kv); K and V share the page numbers.
 
-    def __init__(
-        self, config, mK: cute.Tensor, mV: cute.Tensor, batch: Int32, seq: Sequence, head: Int32, lengths, bounds: tuple
-    ):
-        """bounds: keys that are needed, begin <= key < end; none other is read, nor the page of one."""
+    bounds: keys that are needed, begin <= key < end, to be set before a load; none other is read.
+    """
+
+    def __init__(self, config, mK: cute.Tensor, mV: cute.Tensor, batch: Int32, seq: Sequence, head: Int32, lengths):
         problem = config.problem
-        self.page_size, self.tile_n, self.bounds = problem.page_size, config.plan.tile_n, bounds
+        self.page_size, self.tile_n, self.length = problem.page_size, config.plan.tile_n, seq.length
+        self.bounds = None
         element_bytes = 1 if problem.kv_dtype else 2
         places = ((mK, config.layout_k, problem.head_dim), (mV, config.layout_v, problem.head_dim_v))
         self.k, self.v = (
@@ -103,22 +104,22 @@ class KeysAndValues:
             table = lengths.page_table
             self.num_pages = mK.shape[0]
             self.table = table.iterator.toint() + Int64(batch) * Int64(table.stride[0]) * 4
-            self.table_bounds = (divide(bounds[0], self.page_size), divide(bounds[1] - 1, self.page_size))
+            self.last_page = divide(cutlass.max(seq.length, Int32(1)) - 1, self.page_size)
 
     @property
     def units(self) -> int:
         return self.tile_n // self.unit_rows
 
     def page_numbers(self, granule: Int32) -> list[Int32]:
-        """The page of each unit, inside the pool whatever the table holds; [] where there are no pages."""
+        """The page of each unit, inside the pool whatever the table holds; [] where there are no pages. Entries beyond the
+        sequence aren't read."""
         if not self.page_size:
             return []
         pages = []
         for unit in range(self.units):
             key = granule * self.tile_n + unit * self.unit_rows
-            # not for keys that nobody needs: their entries may be stale
-            index = clamp(divide(key, self.page_size), *self.table_bounds)
-            page = load_global_b32(self.table + Int64(index) * 4)
+            index = cutlass.min(divide(key, self.page_size), self.last_page)
+            page = load_global_b32_if(self.table + Int64(index) * 4, Int32(self.length > 0))
             pages.append(clamp(page, Int32(0), self.num_pages - 1))
         return pages
 

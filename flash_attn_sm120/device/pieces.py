@@ -14,6 +14,8 @@ from cutlass import Int32, cute
 
 from flash_attn_sm120.device.paged_kv import divide
 
+WHOLE = 1 << 30  # granules of a part: all that a sequence can have
+
 
 @dataclass(frozen=True)
 class Piece:
@@ -49,33 +51,64 @@ def before_and_own(value: Int32, lane: Int32) -> Int32:
     return value
 
 
-@cute.jit
-def chunk_for(
-    extent: cutlass.Constexpr[Callable], batch: Int32, num_splits: Int32, unit: cutlass.Constexpr, lane: Int32
-) -> Int32:
-    """Granules of a part, a multiple of `unit`, so that no sequence has more than num_splits and all have num_splits +
-    batch parts at most. extent(b) -> (m_blocks, granules) of a sequence."""
-    work = Int32(0)
-    for first in cutlass.range(0, batch, 32, unroll=1):
-        index = first + lane
-        if index < batch:
-            m_blocks, granules = extent(index)
-            work = work + m_blocks * granules
-    if batch > 1:
-        work = warp_sum(work)
-    else:
-        work = cute.arch.shuffle_sync(work, 0)
+def chunk_of(work: Int32, num_splits: Int32, unit: int) -> Int32:
+    """Granules of a part, a multiple of `unit`, so that no sequence has more than num_splits parts and all together
+    have num_splits more than there are sequences at most. work: granules of all sequences, once for each m_block."""
     chunk = divide(work + num_splits - 1, num_splits)
     return cutlass.max(divide(chunk + unit - 1, unit), Int32(1)) * unit
 
 
 @cute.jit
-def find_piece(
-    extent: cutlass.Constexpr[Callable], index: Int32, batch: Int32, chunk: Int32, lane: Int32
+def split_piece(
+    extent: cutlass.Constexpr[Callable],
+    index: Int32,
+    batch: Int32,
+    num_splits: Int32,
+    unit: cutlass.Constexpr,
+    lane: Int32,
 ) -> Piece:
-    """The piece number `index`: sequences one behind the other, in a sequence part after part, in a part its m_blocks.
+    """The piece number `index` where sequences are split. extent(b) -> (m_blocks, granules) of a sequence."""
+    m_blocks, granules = extent(Int32(0))
+    chunk = chunk_of(m_blocks * granules, num_splits, unit)
+    splits = parts(granules, chunk)
+    owner, before = Int32(-1), Int32(0)
+    if batch == 1:
+        if index < m_blocks * splits:
+            owner = Int32(0)
+    else:
+        work = Int32(0)
+        for first in cutlass.range(0, batch, 32, unroll=1):
+            if first + lane < batch:
+                m_blocks, granules = extent(first + lane)
+                work = work + m_blocks * granules
+        chunk = chunk_of(warp_sum(work), num_splits, unit)
+        owner, m_blocks, splits, before = owner_of(extent, index, batch, chunk, lane)
+    return _piece(index, owner, m_blocks, splits, before, chunk)
 
-    Every warp looks at 32 sequences at a time; an index past the last piece gives an invalid one.
+
+@cute.jit
+def find_piece(extent: cutlass.Constexpr[Callable], index: Int32, batch: Int32, chunk: Int32, lane: Int32) -> Piece:
+    """The piece number `index` where the parts have `chunk` granules."""
+    owner, m_blocks, splits, before = owner_of(extent, index, batch, chunk, lane)
+    return _piece(index, owner, m_blocks, splits, before, chunk)
+
+
+@cute.jit
+def _piece(index: Int32, owner: Int32, m_blocks: Int32, splits: Int32, before: Int32, chunk: Int32) -> Piece:
+    split, m_block = index - before, Int32(0)
+    if m_blocks > 1:
+        within = split
+        split = divide(within, m_blocks)
+        m_block = within - split * m_blocks
+    return Piece(owner, m_block, split, splits, chunk, owner >= 0)
+
+
+@cute.jit
+def owner_of(extent: cutlass.Constexpr[Callable], index: Int32, batch: Int32, chunk: Int32, lane: Int32):
+    """(sequence, its m_blocks, its parts, pieces before it) for the piece number `index`: sequences one behind the
+    other, in a sequence part after part, in a part its m_blocks; (-1, 1, 1, 0) past the last piece.
+
+    Every warp looks at 32 sequences at a time.
     """
     found_batch, found_before = Int32(-1), Int32(0)
     found_blocks, found_splits = Int32(1), Int32(1)
@@ -86,9 +119,7 @@ def find_piece(
         if mine < batch:
             m_blocks, granules = extent(mine)
             splits = parts(granules, chunk)
-        end = m_blocks * splits
-        if batch > 1:
-            end = before_and_own(end, lane)
+        end = before_and_own(m_blocks * splits, lane)
         holders = cute.arch.vote_ballot_sync(before + end > index)
         if holders != 0:
             owner = cute.arch.popc(~holders & (holders - 1))
@@ -98,6 +129,4 @@ def find_piece(
             found_before = before + cute.arch.shuffle_sync(end, owner) - found_blocks * found_splits
         before = before + cute.arch.shuffle_sync(end, 31)
         first = first + 32
-    within = cutlass.max(index - found_before, Int32(0))
-    split = divide(within, found_blocks)
-    return Piece(found_batch, within - split * found_blocks, split, found_splits, chunk, found_batch >= 0)
+    return found_batch, found_blocks, found_splits, found_before

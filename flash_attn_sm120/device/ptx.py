@@ -183,6 +183,14 @@ def cp_async_16_at(
 
 
 @dsl_user_op
+def load_global_b32_if(glob: Int64, enabled: Int32, *, loc=None, ip=None) -> Int32:
+    """0, and nothing read, where enabled is 0."""
+    operands = [Int64(glob).ir_value(loc=loc, ip=ip), Int32(enabled).ir_value(loc=loc, ip=ip)]
+    text = "{ .reg .pred p; setp.ne.b32 p, $2, 0; mov.b32 $0, 0; @p ld.global.b32 $0, [$1]; }"
+    return Int32(_asm(T.i32(), operands, text, "=&r,l,r", volatile=True, loc=loc, ip=ip))
+
+
+@dsl_user_op
 def prefetch_l2(glob: Int64, *, loc=None, ip=None) -> None:
     operand = Int64(glob).ir_value(loc=loc, ip=ip)
     _asm(None, [operand], "prefetch.global.L2 [$0];", "l", volatile=True, loc=loc, ip=ip)
@@ -236,12 +244,6 @@ def take_ticket(glob: Int64, last: Int32, *, loc=None, ip=None) -> Int32:
     operands = [Int64(glob).ir_value(loc=loc, ip=ip), Int32(last).ir_value(loc=loc, ip=ip)]
     text = "atom.acq_rel.gpu.global.inc.u32 $0, [$1], $2;"
     return Int32(_asm(T.i32(), operands, text, "=r,l,r", volatile=True, loc=loc, ip=ip))
-
-
-@dsl_user_op
-def load_shared_b32(shared: Int32, *, loc=None, ip=None) -> Int32:
-    operand = Int32(shared).ir_value(loc=loc, ip=ip)
-    return Int32(_asm(T.i32(), [operand], "ld.shared.b32 $0, [$1];", "=r,r", volatile=True, loc=loc, ip=ip))
 
 
 @dsl_user_op

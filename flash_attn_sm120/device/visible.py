@@ -41,3 +41,8 @@ def visible_columns(problem: AttentionProblem, position: Int, seqlen_k: Int, tot
 def same_columns(problem: AttentionProblem) -> bool:
     """Every row of a sequence sees the same columns."""
     return problem.mask == "full" and not problem.chunked
+
+
+def starts_at_first(problem: AttentionProblem) -> bool:
+    """Every row of a sequence sees its columns from the first on."""
+    return problem.mask != "local" and not problem.chunked

@@ -19,10 +19,10 @@ from flash_attn_sm120.device.fp8 import Keys8
 from flash_attn_sm120.device.mainloop_decode import DecodeLoop
 from flash_attn_sm120.device.merge import Merge
 from flash_attn_sm120.device.paged_kv import KeysAndValues, divide, key_sequence, prefetch_table
-from flash_attn_sm120.device.pieces import Piece, chunk_for, find_piece
+from flash_attn_sm120.device.pieces import WHOLE, Piece, find_piece, split_piece
 from flash_attn_sm120.device.rows import RowTile
 from flash_attn_sm120.device.seqlen import Sequence, sequence
-from flash_attn_sm120.device.visible import visible_columns
+from flash_attn_sm120.device.visible import starts_at_first, visible_columns
 from flash_attn_sm120.device.tile import TileLayout
 from flash_attn_sm120.dispatch import decode_memory
 from flash_attn_sm120.problem import AttentionProblem
@@ -155,14 +155,13 @@ class FlashAttentionDecodeSm80:
             return m_blocks, cutlass.max(end - first, Int32(0))
 
         if cutlass.const_expr(self.problem.split):
-            chunk = chunk_for(extent, batch, num_splits, plan.num_warps, lane)
-            piece = find_piece(extent, index, batch, chunk, lane)
+            piece = split_piece(extent, index, batch, num_splits, plan.num_warps, lane)
         elif cutlass.const_expr(self.problem.packed_q):
-            piece = find_piece(extent, index, batch, Int32(1 << 30), lane)
+            piece = find_piece(extent, index, batch, Int32(WHOLE), lane)
         else:
             m_blocks = cute.ceil_div(mQ.shape[1] * heads_per_kv, plan.tile_m)
             owner = divide(index, m_blocks)
-            piece = Piece(owner, index - owner * m_blocks, Int32(0), Int32(1), Int32(1 << 30), Boolean(True))
+            piece = Piece(owner, index - owner * m_blocks, Int32(0), Int32(1), Int32(WHOLE), Boolean(True))
         return piece
 
     @cute.jit
@@ -185,24 +184,28 @@ class FlashAttentionDecodeSm80:
         warp = cute.arch.make_warp_uniform(cute.arch.warp_idx())
         shared = cute.arch.get_dyn_smem(cutlass.Uint8, alignment=1024).toint()
         seq_q, seq_k, total_k = self.keys_of(mQ, mK, lengths, piece.batch)
-        rows = RowTile(
-            self, mQ, seq_q, seq_k.length, total_k, piece.m_block, head_kv, heads_per_kv, numbers, piece.batch
-        )
         first, end = self.granules(seq_q, seq_k.length, total_k, numbers)
         if cutlass.const_expr(problem.split):
             first = first + piece.split * piece.chunk
             end = cutlass.min(end, first + piece.chunk)
-        # of these, what the rows of this tile see
-        first = cutlass.max(first, divide(rows.begin, plan.tile_n))
-        end = cutlass.min(end, divide(rows.end + plan.tile_n - 1, plan.tile_n))
-        count = divide(cutlass.max(end - first - warp + plan.num_warps - 1, Int32(0)), plan.num_warps)
-
         scale = numbers.softmax_scale
         if cutlass.const_expr(problem.k_descale):
             scale = scale * modifiers.k_descale[piece.batch, head_kv]
-        keys = KeysAndValues(self, mK, mV, piece.batch, seq_k, head_kv, lengths, (rows.begin, rows.end))
-        loop = DecodeLoop(self, rows, keys, shared + warp * self.memory.ring_bytes, scale, numbers)
-        loop.run(first + warp, plan.num_warps, count, modifiers)
+        keys = KeysAndValues(self, mK, mV, piece.batch, seq_k, head_kv, lengths)
+        loop = DecodeLoop(self, keys, shared + warp * self.memory.ring_bytes, scale, numbers)
+        pages = []
+        if cutlass.const_expr(starts_at_first(problem)):  # as early as can be: all else waits for them
+            pages = loop.first_pages(first + warp, plan.num_warps)
+        tile = (piece.m_block, head_kv, heads_per_kv, numbers, piece.batch)
+        rows = RowTile(self, mQ, seq_q, seq_k.length, total_k, *tile)
+        keys.bounds = (rows.begin, rows.end)
+        # what the rows of this tile see
+        first = cutlass.max(first, divide(rows.begin, plan.tile_n))
+        end = cutlass.min(end, divide(rows.end + plan.tile_n - 1, plan.tile_n))
+        count = divide(cutlass.max(end - first - warp + plan.num_warps - 1, Int32(0)), plan.num_warps)
+        if cutlass.const_expr(not starts_at_first(problem)):
+            pages = loop.first_pages(first + warp, plan.num_warps)
+        loop.run(rows, pages, first + warp, plan.num_warps, count, modifiers)
         cute.arch.sync_threads()
         Merge(self, loop, rows, piece, shared, warp, modifiers).run(mO, mLSE, partials, head_kv)
 
