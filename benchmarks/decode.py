@@ -78,7 +78,7 @@ def inputs(cell: Cell, splits: int, sets: int) -> list[tuple]:
     q_shape = (cell.batch, cell.seqlen_q, cell.heads, cell.head_dim)
     partials = None
     if splits > 1:
-        count = tickets(choose(cell.problem(True)), cell.heads_kv, cell.heads, q_shape, cell.batch)
+        count = tickets(choose(cell.problem(True)), cell.heads, cell.heads_kv, q_shape, cell.batch)
         partials = Partials(
             torch.empty(splits, *q_shape, device="cuda"),
             torch.empty(splits, cell.batch, cell.heads, cell.seqlen_q, device="cuda"),
@@ -127,9 +127,9 @@ def prepare(cell: Cell, occupancy: str, plan: Plan | None = None, splits: int = 
     properties = torch.cuda.get_device_properties(0)
     target = f"sm_{properties.major}{properties.minor}a"
     sms = properties.multi_processor_count
-    plan = plan or choose(cell.problem(True), target)
     rows = cell.seqlen_q * cell.heads // cell.heads_kv
-    splits = splits or num_splits(plan, sms, cell.batch, cell.heads_kv, rows, cell.seqlen)
+    splits = splits or num_splits(cell.problem(True), sms, cell.batch, cell.heads_kv, rows, cell.seqlen)
+    plan = plan or choose(cell.problem(splits > 1), target)
     if occupancy == "sm120":
         plan = as_on_sm120(plan, properties.shared_memory_per_multiprocessor)
     return build(cell.problem(splits > 1), plan, target), splits

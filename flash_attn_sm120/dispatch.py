@@ -73,18 +73,30 @@ FORWARD_TMA_TILES = (
     TileRow(192, 192, tile_m=128, tile_n=64, num_warps=8, stages=1, blocks_per_sm=1),
     TileRow(256, 256, tile_m=128, tile_n=32, num_warps=8, stages=1, blocks_per_sm=1),
 )
-# tile_n: keys of a granule. Blocks of 48 KB and few registers, as what is in flight decides, and 8 warps hide latency.
+# tile_n: keys of a granule; 32 KB and more in flight on an SM decide. Two blocks an SM hide one another's ends where
+# whole sequences follow one another; parts of one fill each SM once, and fewer of them are sooner combined.
+# Evidence: benchmarks/NOTES.md, "Decode".
 DECODE_TILES = (
     TileRow(64, 64, tile_m=16, tile_n=32, num_warps=4, stages=3, blocks_per_sm=2),
     TileRow(128, 128, tile_m=16, tile_n=16, num_warps=4, stages=3, blocks_per_sm=2),
     TileRow(256, 256, tile_m=16, tile_n=16, num_warps=4, stages=3, blocks_per_sm=1),
 )
+DECODE_SPLIT_TILES = (
+    TileRow(64, 64, tile_m=16, tile_n=32, num_warps=8, stages=3, blocks_per_sm=1),
+    TileRow(128, 128, tile_m=16, tile_n=16, num_warps=8, stages=3, blocks_per_sm=1),
+    TileRow(256, 256, tile_m=16, tile_n=16, num_warps=4, stages=3, blocks_per_sm=1),
+)
 DECODE_FP8_TILES = (
     TileRow(64, 64, tile_m=16, tile_n=32, num_warps=4, stages=5, blocks_per_sm=2),
     TileRow(128, 128, tile_m=16, tile_n=32, num_warps=4, stages=3, blocks_per_sm=2),
-    TileRow(256, 256, tile_m=16, tile_n=16, num_warps=4, stages=3, blocks_per_sm=2),
+    TileRow(256, 256, tile_m=16, tile_n=16, num_warps=4, stages=3, blocks_per_sm=1),
 )
-TILES = {"forward": FORWARD_TILES, "forward_tma": FORWARD_TMA_TILES, "decode": DECODE_TILES}
+DECODE_FP8_SPLIT_TILES = (
+    TileRow(64, 64, tile_m=16, tile_n=32, num_warps=8, stages=5, blocks_per_sm=1),
+    TileRow(128, 128, tile_m=16, tile_n=32, num_warps=8, stages=3, blocks_per_sm=1),
+    TileRow(256, 256, tile_m=16, tile_n=16, num_warps=4, stages=5, blocks_per_sm=1),
+)
+TILES = {"forward": FORWARD_TILES, "forward_tma": FORWARD_TMA_TILES}
 LOADING_WARPS = {"forward": 0, "forward_tma": 4, "decode": 0}  # four, as registers change hands between groups of four warps
 
 
@@ -141,11 +153,18 @@ def can_implement(kernel: str, problem: AttentionProblem, arch: str) -> bool:
     return major >= 9 and not problem.varlen and problem.tma_strides and whole_boxes
 
 
+def tiles_for(kernel: str, problem: AttentionProblem) -> tuple[TileRow, ...]:
+    if kernel != "decode":
+        return TILES[kernel]
+    if problem.kv_dtype:
+        return DECODE_FP8_SPLIT_TILES if problem.split else DECODE_FP8_TILES
+    return DECODE_SPLIT_TILES if problem.split else DECODE_TILES
+
+
 def plan_for(kernel: str, problem: AttentionProblem) -> Plan:
     """The kernel's plan, whether or not the dispatcher would take it."""
-    tiles = DECODE_FP8_TILES if problem.decode and problem.kv_dtype else TILES[kernel]
     row = next(
-        row for row in tiles if problem.head_dim <= row.head_dim and problem.head_dim_v <= row.head_dim_v
+        row for row in tiles_for(kernel, problem) if problem.head_dim <= row.head_dim and problem.head_dim_v <= row.head_dim_v
     )
     tile = (row.tile_m, row.tile_n, row.num_warps, row.stages, row.blocks_per_sm)
     return Plan(kernel, *tile, smem_bytes(problem, row), LOADING_WARPS[kernel])

@@ -5,31 +5,37 @@ How many parts a sequence really has is decided on the device, by its length amo
 
 from __future__ import annotations
 
-from flash_attn_sm120.dispatch import MAX_SPLITS, Plan
+from dataclasses import replace
+
+from flash_attn_sm120.dispatch import MAX_SPLITS, Plan, plan_for
+from flash_attn_sm120.problem import AttentionProblem
 
 KEYS_WORTH_A_SPLIT = 256  # fewer keys are read sooner than their parts are combined
 FULL_WAVES = 0.9  # share of the slots of whole waves of blocks, from which on whole sequences keep the GPU busy
+MANY_WAVES = 4  # the last of which matters little
 
 
-def num_splits(plan: Plan, sms: int, batch: int, heads_kv: int, rows: int, max_seqlen_k: int) -> int:
-    """The size of the first dimension of the partials; 1: don't split.
+def num_splits(problem: AttentionProblem, sms: int, batch: int, heads_kv: int, rows: int, max_seqlen_k: int) -> int:
+    """The size of the first dimension of the partials, for problem.split; 1: don't split.
 
-    sms: multiprocessors. rows: of a sequence and KV head, max_seqlen_q * heads // heads_kv. max_seqlen_k: an upper bound,
-    for a page table its width times page_size.
+    problem: a decode, split or not. sms: multiprocessors. rows: of a sequence and KV head, max_seqlen_q * heads //
+    heads_kv. max_seqlen_k: an upper bound, for a page table its width times page_size.
     """
-    slots = sms * plan.blocks_per_sm
-    m_blocks = -(-rows // plan.tile_m)
-    blocks = batch * heads_kv * m_blocks
+    whole, cut = (plan_for("decode", replace(problem, split=split)) for split in (False, True))
+    m_blocks = -(-rows // whole.tile_m)
+    blocks, slots = batch * heads_kv * m_blocks, sms * whole.blocks_per_sm
     waves = -(-blocks // slots)
-    if max_seqlen_k <= KEYS_WORTH_A_SPLIT or blocks >= FULL_WAVES * waves * slots:
+    if max_seqlen_k <= KEYS_WORTH_A_SPLIT or waves > MANY_WAVES or blocks >= FULL_WAVES * waves * slots:
         return 1
-    longest = batch * m_blocks * -(-max_seqlen_k // (plan.tile_n * plan.num_warps))
-    return max(1, min(slots // heads_kv, longest, MAX_SPLITS))
+    longest = batch * m_blocks * -(-max_seqlen_k // (cut.tile_n * cut.num_warps))
+    return max(1, min(sms * cut.blocks_per_sm // heads_kv, longest, MAX_SPLITS))
 
 
-def tickets(plan: Plan, heads_kv: int, heads: int, q_shape: tuple[int, ...], batch: int) -> int:
+def tickets(plan: Plan, heads: int, heads_kv: int, q_shape: tuple[int, ...], batch: int) -> int:
     """How many tickets a launch counts with. q_shape: (batch, seqlen_q, heads, d) or (total_q, heads, d)."""
     heads_per_kv = heads // heads_kv
     if len(q_shape) == 3:
-        return (q_shape[0] * heads_per_kv // plan.tile_m + batch) * heads_kv * plan.tile_m
-    return batch * -(-q_shape[1] * heads_per_kv // plan.tile_m) * heads_kv * plan.tile_m
+        tiles = q_shape[0] * heads_per_kv // plan.tile_m + batch
+    else:
+        tiles = batch * -(-q_shape[1] * heads_per_kv // plan.tile_m)
+    return tiles * heads_kv * plan.tile_m

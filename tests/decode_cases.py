@@ -143,7 +143,7 @@ def make(case: Case, device="cpu") -> Inputs:
             torch.full((case.num_splits, *out.shape), math.nan, device=device),
             torch.full((case.num_splits, *lse_shape), math.nan, device=device),
             torch.zeros(
-                tickets(choose(case.problem), case.heads_kv, heads, mQ.shape, batch), dtype=torch.int32, device=device
+                tickets(choose(case.problem), heads, case.heads_kv, mQ.shape, batch), dtype=torch.int32, device=device
             ),
         )
     return Inputs(arguments, partials, q, k, v, total_k)

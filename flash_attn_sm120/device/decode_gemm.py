@@ -49,7 +49,8 @@ class Keys16:
         self.quad = lane % 4
 
     def load_q(self, rows: list[Int64]) -> list:
-        """rows: addresses of the thread's rows -> tSrQ [k step][m] -> A operand; columns that don't exist are 0."""
+        """Starts the loads of the thread's rows, of which `rows` are the addresses. tSrQ [k step][m] -> A operand; columns
+        that don't exist are 0."""
         head_dim, tSrQ = self.config.problem.head_dim, []
         for col in range(0, self.config.layout_k.cols, 16):
             step = []
@@ -63,6 +64,10 @@ class Keys16:
                     ]
                 )
             tSrQ.append(step)
+        return tSrQ
+
+    def prepare_q(self, tSrQ: list) -> list:
+        """What load_q gave, as scores takes it; this is where its loads are waited for."""
         return tSrQ
 
     def scores(self, tSrQ: list, shared: Int32, tSrS: cute.Tensor) -> None:
@@ -83,8 +88,4 @@ class Keys16:
     def column(self, n: int, i: int) -> tuple[Int32, int]:
         """Column of out that value i of column block n of tOrO is: (of the lane, in addition)."""
         return self.quad * 2, 8 * n + i % 2
-
-    def row_scales(self) -> list | None:
-        """What scores have to be multiplied by, a row; None: nothing."""
-        return None
 

@@ -42,19 +42,25 @@ class Keys8:
         return layout.units // 4
 
     def load_q(self, rows: list[Int64]) -> list:
-        """rows: addresses of the thread's rows -> tSrQ [k step][m] -> A operand; columns that don't exist are 0."""
+        """Starts the loads of the thread's rows, of which `rows` are the addresses: [k step][row] -> two pairs of columns;
+        those that don't exist are 0."""
         problem, layout = self.config.problem, self.config.layout_k
         units = self._units(layout)
-        words = []  # [k step][row][first or second pair]
+        words = []
         for chunk in range(layout.chunks):
             for unit in range(units):
                 own = chunk * layout.row_bytes + (self.quad * units + unit) * 16
                 for word in range(4):
                     words.append([self._pairs(row, own + 4 * word, problem.head_dim) for row in rows])
-        if problem.dtype == "bfloat16":
-            self.scales = [self._to_f16(words, r) for r in range(len(rows))]
+        return words
+
+    def prepare_q(self, words: list) -> list:
+        """What load_q gave as tSrQ [k step][m] -> A operand of f16."""
+        rows = len(words[0])
+        if self.config.problem.dtype == "bfloat16":
+            self.scales = [self._to_f16(words, r) for r in range(rows)]
         return [
-            [[step[2 * m + half][right] for right in range(2) for half in range(2)] for m in range(len(rows) // 2)]
+            [[step[2 * m + half][right] for right in range(2) for half in range(2)] for m in range(rows // 2)]
             for step in words
         ]
 

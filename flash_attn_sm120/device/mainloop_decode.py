@@ -71,9 +71,10 @@ class DecodeLoop:
         """pages: first_pages(first, step)."""
         self.rows = rows
         if count > 0:
+            loaded_q = self.operands.load_q(self.rows.q_addresses())  # before K and V, which it would queue behind
             self.start(pages, first, step, count)
             self.rows.prepare(modifiers)
-            tSrQ = self.operands.load_q(self.rows.q_addresses())
+            tSrQ = self.operands.prepare_q(loaded_q)
             for i in cutlass.range(count, unroll=1):
                 self.granule(first, step, i, count, tSrQ)
             cute.arch.cp_async_wait_group(0)

@@ -9,7 +9,7 @@ from cutlass import Boolean, Float32, Int32, Int64, cute
 
 from flash_attn_sm120.device.mainloop_decode import DecodeLoop
 from flash_attn_sm120.device.paged_kv import divide
-from flash_attn_sm120.device.parts import add_parts, lane_columns, load_parts, part_weights
+from flash_attn_sm120.device.parts import LaneColumns, add_parts, part_weights
 from flash_attn_sm120.device.pieces import Piece
 from flash_attn_sm120.device.ptx import (
     exp2,
@@ -170,13 +170,13 @@ class Merge:
     @cute.jit
     def store_part(self, mPartial: cute.Tensor):
         """A warp adds up and stores the rows that it will combine if this part is the last one to be done."""
-        columns = lane_columns(self.config.problem.head_dim_v, self.lane)
+        columns = LaneColumns(self.config.problem.head_dim_v, self.lane)
         for row in cutlass.range(self.warp, self.num_rows(), self.config.plan.num_warps, unroll=1):
             address = self.rows.out_address(mPartial, row) + Int64(self.lane * 16)
             address = address + Int64(self.piece.split) * Int64(mPartial.stride[0]) * 4
-            for turn in cutlass.range_constexpr(len(columns)):
-                if columns[turn]:
-                    store_global_v4_f32(address + turn * 512, self.added(row, turn * 128 + self.lane * 4, 4))
+            for turn in cutlass.range_constexpr(columns.turns):
+                if columns.exist[turn]:
+                    store_global_v4_f32(address + turn * 512, self.added(row, columns.first[turn], 4))
 
     def num_rows(self) -> Int32:
         return cutlass.min(self.rows.rows_left, Int32(self.config.plan.tile_m))
@@ -212,8 +212,8 @@ class Merge:
     def combine_row(
         self, mO: cute.Tensor, mLSE: cute.Tensor | None, partials: cutlass.Constexpr, row: Int32
     ):
-        columns = lane_columns(self.config.problem.head_dim_v, self.lane)
-        sums = cute.make_rmem_tensor((4 * len(columns),), Float32)
+        columns = LaneColumns(self.config.problem.head_dim_v, self.lane)
+        sums = cute.make_rmem_tensor((4 * columns.turns,), Float32)
         sums.fill(0.0)
         first_parts = self.load(partials.out, row, columns, 0)  # on their way while the weights are
         weights, lse = part_weights(self.part_lses(partials.lse, row))
@@ -225,19 +225,19 @@ class Merge:
             weight = cute.arch.shuffle_sync(weight, (self.lane + first) % 32)
             self.add(sums, self.load(partials.out, row, columns, first), weight)
         target = self.rows.out_address(mO, row) + Int64(self.lane * 8)
-        for turn in cutlass.range_constexpr(len(columns)):
-            if columns[turn]:
+        for turn in cutlass.range_constexpr(columns.turns):
+            if columns.exist[turn]:
                 pairs = [pack_pair(sums[4 * turn + i], sums[4 * turn + i + 1], self.config.dtype) for i in (0, 2)]
                 store_global_v2(target + turn * 256, pairs)
         if cutlass.const_expr(mLSE is not None):
             if self.lane == 0:
                 write(mLSE, self.rows.lse_offset(mLSE, row), lse)
 
-    def load(self, mPartial: cute.Tensor, row: Int32, columns: list, first) -> list:
-        address = self.rows.out_address(mPartial, row) + Int64(self.lane * 16)
-        step, splits = Int64(mPartial.stride[0]) * 4, self.piece.splits
-        place = (address, step, first, 1, PARTS_AT_ONCE)
-        return load_parts(*place, lambda number: number < splits, columns, load_fresh_v4_f32)
+    def load(self, mPartial: cute.Tensor, row: Int32, columns: LaneColumns, first) -> list:
+        """Starts the loads of PARTS_AT_ONCE parts, [part][turn] -> four columns; behind the last part it comes again."""
+        address, step = self.rows.out_address(mPartial, row), Int64(mPartial.stride[0]) * 4
+        places = [address + Int64(cutlass.min(Int32(first + i), self.piece.splits - 1)) * step for i in range(PARTS_AT_ONCE)]
+        return [[load_fresh_v4_f32(place + Int64(col * 4)) for col in columns.within] for place in places]
 
     def add(self, sums: cute.Tensor, loaded: list, weight: Float32) -> None:
         """weight: lane i has that of part i of those loaded."""

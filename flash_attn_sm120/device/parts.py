@@ -32,20 +32,6 @@ def part_weights(lses: list[Float32]) -> tuple[list[Float32], Float32]:
     return [value * factor for value in exponentials], lse
 
 
-def load_parts(address: Int64, step: Int64, first: int, stride: int, count: int, is_there, columns: list, load) -> list:
-    """Starts the loads of `count` parts from number `first` on, `stride` apart: [part][turn] -> four columns.
-
-    is_there(number) -> whether a part is to be read; columns [turn] -> whether the lane's four columns exist.
-    """
-    loaded = []
-    for i in range(count):
-        number = first + i * stride
-        place = address + Int64(number) * step
-        enabled = is_there(number)
-        loaded.append([load(place + turn * 512, Int32(enabled & exists)) for turn, exists in enumerate(columns)])
-    return loaded
-
-
 def add_parts(sums: cute.Tensor, loaded: list, weights: list[Float32]) -> None:
     for weight, turns in zip(weights, loaded, strict=True):
         for turn, values in enumerate(turns):
@@ -53,6 +39,12 @@ def add_parts(sums: cute.Tensor, loaded: list, weights: list[Float32]) -> None:
                 sums[4 * turn + i] = sums[4 * turn + i] + values[i] * weight
 
 
-def lane_columns(head_dim_v: int, lane: Int32) -> list:
-    """[turn of 128 columns] -> whether the lane's four columns exist."""
-    return [cutlass.Boolean(turn * 128 + lane * 4 < head_dim_v) for turn in range(-(-head_dim_v // 128))]
+class LaneColumns:
+    """A lane's columns of a row of out: four in each turn of 128, from `first` of the turn on where they exist."""
+
+    def __init__(self, head_dim_v: int, lane: Int32):
+        self.turns = -(-head_dim_v // 128)
+        self.first = [turn * 128 + lane * 4 for turn in range(self.turns)]
+        self.exist = [cutlass.Boolean(col < head_dim_v) for col in self.first]
+        # what is loaded where there are none
+        self.within = [cutlass.min(col, Int32(head_dim_v - 4)) for col in self.first]

@@ -53,7 +53,7 @@ def before_and_own(value: Int32, lane: Int32) -> Int32:
 
 def chunk_of(work: Int32, num_splits: Int32, unit: int) -> Int32:
     """Granules of a part, a multiple of `unit`, so that no sequence has more than num_splits parts and all together
-    have num_splits more than there are sequences at most. work: granules of all sequences, once for each m_block."""
+    have fewer than num_splits more than there are m_blocks. work: granules of all sequences, once for each m_block."""
     chunk = divide(work + num_splits - 1, num_splits)
     return cutlass.max(divide(chunk + unit - 1, unit), Int32(1)) * unit
 

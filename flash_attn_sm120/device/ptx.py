@@ -204,28 +204,23 @@ def load_global_b32(glob: Int64, offset: int = 0, *, loc=None, ip=None) -> Int32
 
 
 @dsl_user_op
-def load_global_v4_f32(glob: Int64, enabled: Int32, *, loc=None, ip=None) -> list[Float32]:
+def load_global_v4_f32_if(glob: Int64, enabled: Int32, *, loc=None, ip=None) -> list[Float32]:
     """Four float32; zeros, and nothing read, where enabled is 0."""
     struct = llvm.StructType.get_literal([T.f32()] * 4)
     operands = [Int64(glob).ir_value(loc=loc, ip=ip), Int32(enabled).ir_value(loc=loc, ip=ip)]
     zeros = " ".join(f"mov.f32 ${i}, 0f00000000;" for i in range(4))
-    text = (
-        "{ .reg .pred p; setp.ne.b32 p, $5, 0; "
-        f"{zeros} @p ld.global.v4.b32 {{$0, $1, $2, $3}}, [$4]; }}"
-    )
+    text = f"{{ .reg .pred p; setp.ne.b32 p, $5, 0; {zeros} @p ld.global.v4.b32 {{$0, $1, $2, $3}}, [$4]; }}"
     loaded = _asm(struct, operands, text, "=&f,=&f,=&f,=&f,l,r", volatile=True, loc=loc, ip=ip)
     return _unpack(loaded, T.f32(), 4, Float32, loc, ip)
 
 
 @dsl_user_op
-def load_fresh_v4_f32(glob: Int64, enabled: Int32, *, loc=None, ip=None) -> list[Float32]:
-    """load_global_v4_f32 of what other blocks of this launch have written; the caller has seen that they have."""
+def load_fresh_v4_f32(glob: Int64, *, loc=None, ip=None) -> list[Float32]:
+    """Four float32 that another block of this launch has written; the caller has seen that it has."""
     struct = llvm.StructType.get_literal([T.f32()] * 4)
-    operands = [Int64(glob).ir_value(loc=loc, ip=ip), Int32(enabled).ir_value(loc=loc, ip=ip)]
-    zeros = " ".join(f"mov.f32 ${i}, 0f00000000;" for i in range(4))
-    load = "ld.relaxed.gpu.global.v4.b32 {$0, $1, $2, $3}, [$4];"
-    text = f"{{ .reg .pred p; setp.ne.b32 p, $5, 0; {zeros} @p {load} }}"
-    loaded = _asm(struct, operands, text, "=&f,=&f,=&f,=&f,l,r", volatile=True, loc=loc, ip=ip)
+    operand = Int64(glob).ir_value(loc=loc, ip=ip)
+    text = "ld.relaxed.gpu.global.v4.b32 {$0, $1, $2, $3}, [$4];"
+    loaded = _asm(struct, [operand], text, "=f,=f,=f,=f,l", volatile=True, loc=loc, ip=ip)
     return _unpack(loaded, T.f32(), 4, Float32, loc, ip)
 
 

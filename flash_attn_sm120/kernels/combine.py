@@ -11,9 +11,9 @@ from dataclasses import dataclass
 import cutlass
 from cutlass import Float32, Int32, Int64, cute
 
-from flash_attn_sm120.device.parts import add_parts, lane_columns, load_parts, part_weights
+from flash_attn_sm120.device.parts import LaneColumns, add_parts, part_weights
 from flash_attn_sm120.device.ptx import (
-    load_global_v4_f32,
+    load_global_v4_f32_if,
     load_shared_f32,
     pack_pair,
     store_global_v2,
@@ -108,11 +108,11 @@ class FlashAttentionCombine:
         num_splits = mPartial.shape[0]
         lses = self.lses(mLSEPartial, self.place(mLSEPartial.stride[1:], batch, head, token), lane)
         weights, lse = part_weights(lses)
-        columns = lane_columns(self.problem.head_dim_v, lane)
+        columns = LaneColumns(self.problem.head_dim_v, lane)
         sums = cute.make_rmem_tensor((4 * self.turns,), Float32)
         sums.fill(0.0)
         offset = self.place(mPartial.stride[1:], batch, token, head) * 4
-        address = mPartial.iterator.toint() + offset + Int64(lane * 16)
+        address = mPartial.iterator.toint() + offset
         for group in cutlass.range_constexpr(MAX_SPLITS // 32):
             if group * 32 < num_splits:
                 self.add_group(sums, address, Int64(mPartial.stride[0]) * 4, 32 * group + warp, weights[group], columns)
@@ -143,13 +143,14 @@ class FlashAttentionCombine:
             values.append(value)
         return values
 
-    def add_group(self, sums, address: Int64, step: Int64, first: Int32, weights: Float32, columns: list) -> None:
+    def add_group(self, sums, address: Int64, step: Int64, first: Int32, weights: Float32, columns: LaneColumns) -> None:
         """Adds every WARPS-th of 32 parts, of which `first` is the warp's first; all are loaded before the first sum."""
-        count = 32 // WARPS
-        own = [cute.arch.shuffle_sync(weights, first % 32 + i * WARPS) for i in range(count)]
-        numbers = iter(own)
-        is_there = lambda _: next(numbers) != 0.0  # noqa: E731
-        add_parts(sums, load_parts(address, step, first, WARPS, count, is_there, columns, load_global_v4_f32), own)
+        own = [cute.arch.shuffle_sync(weights, (first + i) % 32) for i in range(0, 32, WARPS)]
+        loaded = []
+        for i, weight in enumerate(own):
+            place, is_there = address + Int64(first + i * WARPS) * step, Int32(weight != 0.0)
+            loaded.append([load_global_v4_f32_if(place + Int64(col * 4), is_there) for col in columns.within])
+        add_parts(sums, loaded, own)
 
     def store(self, mO: cute.Tensor, offset: Int64, values: list[Float32]) -> None:
         address = mO.iterator.toint() + offset * (mO.element_type.width // 8)

@@ -75,7 +75,7 @@ class FlashAttentionDecodeSm80:
             batch = mQ.shape[0]
             pieces = cute.ceil_div(mQ.shape[1] * heads_per_kv, plan.tile_m) * batch
         if cutlass.const_expr(problem.split):
-            pieces = pieces + partials.out.shape[0]
+            pieces = pieces + partials.out.shape[0] - 1
         self.kernel(
             mQ, mK, mV, mO, mLSE, lengths, modifiers, self.in_base_2(numbers), partials, heads_kv, heads_per_kv
         ).launch(
