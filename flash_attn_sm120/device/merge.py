@@ -126,7 +126,7 @@ class Merge:
         total = Float32(0.0) if sink is None else exp2(sink - base)
         for row_max, row_sum in notes:
             total = total + exp2(row_max - base) * row_sum
-        is_row = self.rows.first_row + row < self.rows.seq_q.length * self.rows.heads_per_kv
+        is_row = self.rows.first_row + row < self.rows.seq_q.length * self.rows.heads.per_kv
         empty = (total == 0.0) | (is_row == Boolean(False))
         factor = cutlass.select_(empty, Float32(0.0), exp2(own[0] - base) * reciprocal(total))
         lse = cutlass.select_(empty, Float32(NEG_INF), (base + log2(total)) * math.log(2.0))
@@ -194,7 +194,7 @@ class Merge:
     def combine(self, mO: cute.Tensor, mLSE: cute.Tensor | None, partials: cutlass.Constexpr, head_kv: Int32):
         """The rows of which all other parts have been stored, from their parts; a row is the business of one warp."""
         warps = self.config.plan.num_warps
-        number = self.rows.tile_number() * self.rows.heads_kv + head_kv
+        number = self.rows.tile_number() * self.rows.heads.heads_kv + head_kv
         own_row = self.warp + self.lane * warps
         is_last = Boolean(False)
         cute.arch.sync_warp()

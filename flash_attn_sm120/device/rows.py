@@ -3,43 +3,55 @@
 from __future__ import annotations
 
 import math
+from typing import Any, NamedTuple
 
 import cutlass
 from cutlass import Float32, Int32, Int64, cute
 
-from flash_attn_sm120.device.paged_kv import divide
 from flash_attn_sm120.device.seqlen import Sequence
 from flash_attn_sm120.device.visible import same_columns, visible_columns
 
 
+class Heads(NamedTuple):
+    """How query heads share KV heads."""
+
+    heads_kv: Any
+    per_kv: Any
+    reciprocal: Any  # 1 / per_kv, float32
+
+    def token_of(self, row: Int32) -> Int32:
+        """row // per_kv, for the first 2^21 rows: three instructions where a division takes dozens."""
+        return Int32((Float32(row) + 0.5) * self.reciprocal)
+
+
 class RowTile:
-    """Rows m_block * tile_m on of a sequence; row M is token M // heads_per_kv, head M % heads_per_kv of the group.
+    """Rows m_block * tile_m on of a sequence; row M is token M // heads.per_kv, head M % heads.per_kv of the group.
 
     total_k: keys of all context-parallel ranks. A thread has rows 8 r + lane // 4.
     """
 
     def __init__(
-        self, config, mQ: cute.Tensor, seq_q: Sequence, seqlen_k: Int32, total_k: Int32, m_block, head_kv, heads_per_kv,
+        self, config, mQ: cute.Tensor, seq_q: Sequence, seqlen_k: Int32, total_k: Int32, m_block, head_kv, heads: Heads,
         numbers, batch,
     ):  # fmt: skip
         problem, plan = config.problem, config.plan
-        self.config, self.mQ, self.seq_q, self.heads_per_kv, self.numbers = config, mQ, seq_q, heads_per_kv, numbers
+        self.config, self.mQ, self.seq_q, self.heads, self.numbers = config, mQ, seq_q, heads, numbers
         self.batch = batch
         self.seqlen_k, self.total_k = seqlen_k, total_k
-        self.m_block, self.heads_kv = m_block, mQ.shape[-2] // heads_per_kv
+        self.m_block = m_block
         self.first_row = m_block * plan.tile_m
-        self.first_head = head_kv * heads_per_kv
-        self.rows_left = seq_q.room * heads_per_kv - self.first_row
+        self.first_head = head_kv * heads.per_kv
+        self.rows_left = seq_q.room * heads.per_kv - self.first_row
         self.shift = total_k - seq_q.length
         self.group = cute.arch.lane_idx() // 4
 
         used = cutlass.max(seq_q.length, Int32(1))
-        first_token = cutlass.min(divide(self.first_row, heads_per_kv), used - 1)
-        last_row = cutlass.min(self.first_row + plan.tile_m, used * heads_per_kv) - 1
-        last_token = divide(last_row, heads_per_kv)
+        first_token = cutlass.min(heads.token_of(self.first_row), used - 1)
+        last_row = cutlass.min(self.first_row + plan.tile_m, used * heads.per_kv) - 1
+        last_token = heads.token_of(last_row)
         begin, self.inner_end = self.columns(first_token)
         self.inner_begin, end = self.columns(last_token)
-        is_used = self.first_row < seq_q.length * heads_per_kv
+        is_used = self.first_row < seq_q.length * heads.per_kv
         self.begin, self.end = begin, cutlass.select_(is_used, end, Int32(0))
 
         self.tokens = self.bounds = self.slopes = None
@@ -63,11 +75,11 @@ class RowTile:
 
     def _existing(self, row: Int32) -> Int32:
         """Rows beyond the last are copies of it, never stored."""
-        last = cutlass.max(self.seq_q.length, Int32(1)) * self.heads_per_kv - 1
+        last = cutlass.max(self.seq_q.length, Int32(1)) * self.heads.per_kv - 1
         return cutlass.min(self.first_row + row, last)
 
     def token(self, row: Int32) -> Int32:
-        return divide(self._existing(row), self.heads_per_kv)
+        return self.heads.token_of(self._existing(row))
 
     def head(self, row: Int32) -> Int32:
         return self.place(self._existing(row))[1]
@@ -81,8 +93,8 @@ class RowTile:
         """Of all tiles of a KV head; some numbers of packed rows stay unused."""
         tile_m = self.config.plan.tile_m
         if self.config.problem.packed_q:
-            return self.seq_q.start * self.heads_per_kv // tile_m + self.batch + self.m_block
-        return self.batch * cute.ceil_div(self.mQ.shape[1] * self.heads_per_kv, tile_m) + self.m_block
+            return self.seq_q.start * self.heads.per_kv // tile_m + self.batch + self.m_block
+        return self.batch * cute.ceil_div(self.mQ.shape[1] * self.heads.per_kv, tile_m) + self.m_block
 
     def out_address(self, tensor: cute.Tensor, row: Int32) -> Int64:
         """Of row `row` of the tile in a tensor of q's form; a leading dimension of splits is the caller's."""
@@ -100,8 +112,8 @@ class RowTile:
 
     def place(self, row: Int32) -> tuple[Int32, Int32]:
         """(token, head) of row `row` of the sequence."""
-        token = divide(row, self.heads_per_kv)
-        return token, self.first_head + row - token * self.heads_per_kv
+        token = self.heads.token_of(row)
+        return token, self.first_head + row - token * self.heads.per_kv
 
     def _address(self, tensor: cute.Tensor, seq: Sequence, token: Int32, head: Int32) -> Int64:
         # counted from the end, as a dimension of splits may lead

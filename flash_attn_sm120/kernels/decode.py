@@ -11,7 +11,7 @@ import math
 from typing import TYPE_CHECKING
 
 import cutlass
-from cutlass import Boolean, Int32, cute
+from cutlass import Boolean, Float32, Int32, cute
 
 from flash_attn_sm120.arguments import Lengths, Modifiers, Numbers, Partials
 from flash_attn_sm120.device.decode_gemm import Keys16
@@ -20,7 +20,7 @@ from flash_attn_sm120.device.mainloop_decode import DecodeLoop
 from flash_attn_sm120.device.merge import Merge
 from flash_attn_sm120.device.paged_kv import KeysAndValues, divide, key_sequence, prefetch_table
 from flash_attn_sm120.device.pieces import WHOLE, Piece, find_piece, split_piece
-from flash_attn_sm120.device.rows import RowTile
+from flash_attn_sm120.device.rows import Heads, RowTile
 from flash_attn_sm120.device.seqlen import Sequence, sequence
 from flash_attn_sm120.device.visible import starts_at_first, visible_columns
 from flash_attn_sm120.device.tile import TileLayout
@@ -66,8 +66,9 @@ class FlashAttentionDecodeSm80:
         """q, out (batch, seqlen_q, heads, d) or (total_q, heads, d); k, v as key_sequence takes them; lse (batch, heads,
         seqlen_q) or (heads, total_q). `stream` stays last."""
         problem, plan = self.problem, self.plan
-        heads, heads_kv = mQ.shape[-2], mK.shape[-2]
-        heads_per_kv = heads // heads_kv
+        heads_kv = mK.shape[-2]
+        heads_per_kv = mQ.shape[-2] // heads_kv
+        heads = Heads(heads_kv, heads_per_kv, Float32(1.0) / Float32(heads_per_kv))
         if cutlass.const_expr(problem.packed_q):
             batch = lengths.cu_seqlens_q.shape[0] - 1
             pieces = mQ.shape[0] * heads_per_kv // plan.tile_m + batch
@@ -76,9 +77,7 @@ class FlashAttentionDecodeSm80:
             pieces = cute.ceil_div(mQ.shape[1] * heads_per_kv, plan.tile_m) * batch
         if cutlass.const_expr(problem.split):
             pieces = pieces + partials.out.shape[0] - 1
-        self.kernel(
-            mQ, mK, mV, mO, mLSE, lengths, modifiers, self.in_base_2(numbers), partials, heads_kv, heads_per_kv
-        ).launch(
+        self.kernel(mQ, mK, mV, mO, mLSE, lengths, modifiers, self.in_base_2(numbers), partials, heads).launch(
             grid=(pieces * heads_kv, 1, 1), block=(self.num_threads, 1, 1), smem=plan.smem_bytes, stream=stream,
             min_blocks_per_mp=plan.blocks_per_sm, preferred_smem_carveout=100,
         )  # fmt: skip
@@ -103,19 +102,18 @@ class FlashAttentionDecodeSm80:
         modifiers: Modifiers,
         numbers: Numbers,
         partials: Partials | None,
-        heads_kv: Int32,
-        heads_per_kv: Int32,
+        heads: Heads,
     ):
         block, _, _ = cute.arch.block_idx()
         if cutlass.const_expr(self.problem.page_size > 0):
             thread, _, _ = cute.arch.thread_idx()
             prefetch_table(lengths.page_table, block * self.num_threads + thread)
-        index = divide(block, heads_kv)
-        head_kv = block - index * heads_kv
+        index = divide(block, heads.heads_kv)
+        head_kv = block - index * heads.heads_kv
         num_splits = partials.out.shape[0] if self.problem.split else Int32(1)
-        piece = self.piece(mQ, mK, num_splits, lengths, numbers, index, heads_per_kv)
+        piece = self.piece(mQ, mK, num_splits, lengths, numbers, index, heads)
         if piece.valid:
-            self.compute(mQ, mK, mV, mO, mLSE, lengths, modifiers, numbers, partials, piece, head_kv, heads_per_kv)
+            self.compute(mQ, mK, mV, mO, mLSE, lengths, modifiers, numbers, partials, piece, head_kv, heads)
 
     def keys_of(self, mQ: cute.Tensor, mK: cute.Tensor, lengths: Lengths, batch: Int32) -> tuple:
         """(seq_q, seq_k, keys of all context-parallel ranks) of a sequence."""
@@ -143,7 +141,7 @@ class FlashAttentionDecodeSm80:
         lengths: Lengths,
         numbers: Numbers,
         index: Int32,
-        heads_per_kv: Int32,
+        heads: Heads,
     ) -> Piece:
         plan, lane = self.plan, cute.arch.lane_idx()
         batch = lengths.cu_seqlens_q.shape[0] - 1 if self.problem.packed_q else mQ.shape[0]
@@ -151,7 +149,7 @@ class FlashAttentionDecodeSm80:
         def extent(b):
             seq_q, seq_k, total_k = self.keys_of(mQ, mK, lengths, b)
             first, end = self.granules(seq_q, seq_k.length, total_k, numbers)
-            m_blocks = divide(seq_q.room * heads_per_kv + plan.tile_m - 1, plan.tile_m)
+            m_blocks = divide(seq_q.room * heads.per_kv + plan.tile_m - 1, plan.tile_m)
             return m_blocks, cutlass.max(end - first, Int32(0))
 
         if cutlass.const_expr(self.problem.split):
@@ -159,7 +157,7 @@ class FlashAttentionDecodeSm80:
         elif cutlass.const_expr(self.problem.packed_q):
             piece = find_piece(extent, index, batch, Int32(WHOLE), lane)
         else:
-            m_blocks = cute.ceil_div(mQ.shape[1] * heads_per_kv, plan.tile_m)
+            m_blocks = cute.ceil_div(mQ.shape[1] * heads.per_kv, plan.tile_m)
             owner = divide(index, m_blocks)
             piece = Piece(owner, index - owner * m_blocks, Int32(0), Int32(1), Int32(WHOLE), Boolean(True))
         return piece
@@ -178,7 +176,7 @@ class FlashAttentionDecodeSm80:
         partials: Partials | None,
         piece: Piece,
         head_kv: Int32,
-        heads_per_kv: Int32,
+        heads: Heads,
     ):
         problem, plan = self.problem, self.plan
         warp = cute.arch.make_warp_uniform(cute.arch.warp_idx())
@@ -196,7 +194,7 @@ class FlashAttentionDecodeSm80:
         pages = []
         if cutlass.const_expr(starts_at_first(problem)):  # as early as can be: all else waits for them
             pages = loop.first_pages(first + warp, plan.num_warps)
-        tile = (piece.m_block, head_kv, heads_per_kv, numbers, piece.batch)
+        tile = (piece.m_block, head_kv, heads, numbers, piece.batch)
         rows = RowTile(self, mQ, seq_q, seq_k.length, total_k, *tile)
         keys.bounds = (rows.begin, rows.end)
         # what the rows of this tile see
