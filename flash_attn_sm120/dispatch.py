@@ -83,7 +83,7 @@ DECODE_TILES = (
 )
 DECODE_SPLIT_TILES = (
     TileRow(64, 64, tile_m=16, tile_n=32, num_warps=8, stages=3, blocks_per_sm=1),
-    TileRow(128, 128, tile_m=16, tile_n=16, num_warps=8, stages=3, blocks_per_sm=1),
+    TileRow(128, 128, tile_m=16, tile_n=32, num_warps=4, stages=3, blocks_per_sm=1),
     TileRow(256, 256, tile_m=16, tile_n=16, num_warps=4, stages=3, blocks_per_sm=1),
 )
 DECODE_FP8_TILES = (
@@ -94,7 +94,7 @@ DECODE_FP8_TILES = (
 DECODE_FP8_SPLIT_TILES = (
     TileRow(64, 64, tile_m=16, tile_n=32, num_warps=8, stages=5, blocks_per_sm=1),
     TileRow(128, 128, tile_m=16, tile_n=32, num_warps=8, stages=3, blocks_per_sm=1),
-    TileRow(256, 256, tile_m=16, tile_n=16, num_warps=4, stages=5, blocks_per_sm=1),
+    TileRow(256, 256, tile_m=16, tile_n=16, num_warps=4, stages=3, blocks_per_sm=1),
 )
 TILES = {"forward": FORWARD_TILES, "forward_tma": FORWARD_TMA_TILES}
 LOADING_WARPS = {"forward": 0, "forward_tma": 4, "decode": 0}  # four, as registers change hands between groups of four warps
@@ -113,16 +113,20 @@ def smem_bytes(problem: AttentionProblem, row: TileRow) -> int:
 class DecodeMemory:
     """Shared memory of a decode block. Columns are 16-bit ones: an 8-bit row counts half, padded to whole chunks.
 
-    A warp's ring of `ring_bytes` holds `stages` tiles of K or V, and in the end its O in rows of staged_row_bytes.
-    notes_offset: where each warp writes its statistics down.
+    A warp's ring of `ring_bytes` holds `stages` tiles of K or V, and in the end its O in rows of staged_row_bytes; from
+    q_offset on q_steps k steps of its Q, where registers don't hold all of them.
+    notes_offset: where each warp writes its statistics down, note_offset where the block writes its tile down.
     """
 
     columns_k: int
     columns_v: int
     columns_out: int
     staged_row_bytes: int
+    q_offset: int
+    q_steps: int
     ring_bytes: int
     notes_offset: int
+    note_offset: int
     bytes: int
 
 
@@ -135,11 +139,13 @@ def decode_memory(problem: AttentionProblem, tile_m: int, tile_n: int, num_warps
         columns_out = columns_v
     staged_row_bytes = (columns_out + 8) * 4  # eight rows fall in different banks
     tile_bytes = ELEMENT_BYTES * tile_n * max(columns_k, columns_v)
-    ring_bytes = max(stages * tile_bytes, tile_m * staged_row_bytes)
+    q_offset = max(stages * tile_bytes, tile_m * staged_row_bytes)
+    q_steps = 12 if problem.kv_dtype and max(problem.head_dim, problem.head_dim_v) > 192 else 0
+    ring_bytes = q_offset + q_steps * tile_m * 32
     notes = num_warps * ring_bytes
-    return DecodeMemory(
-        columns_k, columns_v, columns_out, staged_row_bytes, ring_bytes, notes, notes + num_warps * tile_m * 8
-    )
+    note = notes + num_warps * tile_m * 8
+    columns = (columns_k, columns_v, columns_out)
+    return DecodeMemory(*columns, staged_row_bytes, q_offset, q_steps, ring_bytes, notes, note, note + 32)
 
 
 def can_implement(kernel: str, problem: AttentionProblem, arch: str) -> bool:

@@ -44,7 +44,8 @@ class ScoreSum:
 class Keys16:
     """K and V of 16 bits, the dtype of q."""
 
-    def __init__(self, config, lane: Int32):
+    def __init__(self, config, lane: Int32, shared: Int32):
+        assert config.memory.q_steps == 0
         self.config, self.lane, self.dtype = config, lane, config.dtype
         self.quad = lane % 4
 

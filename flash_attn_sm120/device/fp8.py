@@ -21,6 +21,7 @@ from flash_attn_sm120.device.ptx import (
     load_shared_v4,
     mma_m16n8k16,
     pack_pair,
+    store_shared_v4,
 )
 from flash_attn_sm120.device.softmax import quad_reduce
 
@@ -30,9 +31,13 @@ PAIRS_LOW, PAIRS_HIGH = 0x5140, 0x7362  # bytes 0 and 1, or 2 and 3, of two word
 
 
 class Keys8:
-    """K and V of 8 bits. layouts: of 16-bit elements, two columns each; chunks of 128 or 64 bytes."""
+    """K and V of 8 bits. layouts: of 16-bit elements, two columns each; chunks of 128 or 64 bytes.
 
-    def __init__(self, config, lane: Int32):
+    shared: where the lanes keep the k steps of Q that registers don't hold, each its own.
+    """
+
+    def __init__(self, config, lane: Int32, shared: Int32):
+        self.shared_q = shared + lane * 16
         self.config, self.lane, self.kind = config, lane, KINDS[config.problem.kv_dtype]
         self.group, self.quad = lane // 4, lane % 4
         self.scales = None
@@ -59,10 +64,23 @@ class Keys8:
         rows = len(words[0])
         if self.config.problem.dtype == "bfloat16":
             self.scales = [self._to_f16(words, r) for r in range(rows)]
-        return [
+        tSrQ = [
             [[step[2 * m + half][right] for right in range(2) for half in range(2)] for m in range(rows // 2)]
             for step in words
         ]
+        kept = self.config.memory.q_steps
+        for k, step in enumerate(tSrQ[:kept]):
+            for m, fragment in enumerate(step):
+                store_shared_v4(self._q_place(k, m, len(step)), fragment)
+        return [None] * kept + tSrQ[kept:]
+
+    def _q_place(self, k: int, m: int, m_frags: int) -> Int32:
+        return self.shared_q + (k * m_frags + m) * 512
+
+    def _q_step(self, tSrQ: list, k: int, m_frags: int) -> list:
+        if tSrQ[k] is not None:
+            return tSrQ[k]
+        return [load_shared_v4(self._q_place(k, m, m_frags)) for m in range(m_frags)]
 
     def _pairs(self, row: Int64, col: Int32, head_dim: int) -> list[Int32]:
         """Columns col to col + 3 of a row of Q; head_dim is a multiple of 16."""
@@ -104,8 +122,9 @@ class Keys8:
                 place = shared + layout.unit_offset(self.group, self.quad * units + unit) + chunk * layout.chunk_bytes
                 keys = [load_shared_v4(place + 8 * n * layout.row_bytes) for n in range(total.n_frags)]
                 for word in range(4):
+                    step = self._q_step(tSrQ, k, total.m_frags)
                     for n in range(total.n_frags):
-                        total.add(k, n, tSrQ[k], fp8_to_f16(keys[n][word], self.kind), "f16")
+                        total.add(k, n, step, fp8_to_f16(keys[n][word], self.kind), "f16")
                     k += 1
         total.store()
         if self.scales is not None:

@@ -12,7 +12,7 @@ from cutlass import Boolean, Float32, Int32, cute
 from flash_attn_sm120.device.fragments import accumulators
 from flash_attn_sm120.device.paged_kv import KeysAndValues
 from flash_attn_sm120.device.ptx import fma
-from flash_attn_sm120.device.rows import RowTile
+from flash_attn_sm120.device.rows import VisibleRows
 from flash_attn_sm120.device.softmax import GROWTH, OnlineSoftmax, apply_softcap, quad_reduce, tree_reduce
 
 
@@ -47,7 +47,7 @@ class DecodeLoop:
         self.lane = cute.arch.lane_idx()
         self.shared = shared
         self.ahead = plan.stages - 1
-        self.operands = config.operands(self.lane)
+        self.operands = config.operands(self.lane, shared)
         self.score_scale = score_scale
         self.scaled_before = problem.softcap or problem.alibi
         self.softmax = DecodeSoftmax(plan.tile_m // 16, Float32(1.0) if self.scaled_before else score_scale)
@@ -66,7 +66,7 @@ class DecodeLoop:
 
     @cute.jit
     def run(
-        self, rows: RowTile, pages: cutlass.Constexpr, first: Int32, step: cutlass.Constexpr, count: Int32, modifiers
+        self, rows: VisibleRows, pages: cutlass.Constexpr, first: Int32, step: cutlass.Constexpr, count: Int32, modifiers
     ):
         """pages: first_pages(first, step)."""
         self.rows = rows

@@ -10,7 +10,6 @@ from cutlass import Boolean, Float32, Int32, Int64, cute
 from flash_attn_sm120.device.mainloop_decode import DecodeLoop
 from flash_attn_sm120.device.paged_kv import divide
 from flash_attn_sm120.device.parts import LaneColumns, add_parts, part_weights
-from flash_attn_sm120.device.pieces import Piece
 from flash_attn_sm120.device.ptx import (
     exp2,
     load_fresh_f32,
@@ -29,26 +28,27 @@ from flash_attn_sm120.device.rows import RowTile
 from flash_attn_sm120.device.softmax import NEG_INF
 from flash_attn_sm120.dispatch import MAX_SPLITS
 
-PARTS_AT_ONCE = 16  # loads in flight while parts are brought together
+LOADS_AT_ONCE = 16  # of a lane, while parts are brought together
 
 
 class Merge:
     """shared: of the block, free but for what this writes; a warp stages its O in its own ring."""
 
-    def __init__(self, config, loop: DecodeLoop, rows: RowTile, piece: Piece, shared: Int32, warp: Int32, modifiers):
-        self.config, self.loop, self.rows, self.piece, self.modifiers = config, loop, rows, piece, modifiers
+    def __init__(self, config, loop: DecodeLoop, rows: RowTile, shared: Int32, warp: Int32, modifiers):
+        self.config, self.loop, self.rows, self.piece, self.modifiers = config, loop, rows, rows.piece, modifiers
         self.shared, self.warp, self.lane = shared, warp, loop.lane
         self.group, self.quad = self.lane // 4, self.lane % 4
         self.notes = shared + config.memory.notes_offset
         self.row_bytes = config.memory.staged_row_bytes
         self.own_rows = config.plan.tile_m // 8
+        self.parts_at_once = LOADS_AT_ONCE // (-(-config.problem.head_dim_v // 128))
         self.lses = cute.make_rmem_tensor((self.own_rows,), Float32)
 
     @cute.jit
-    def run(self, mO: cute.Tensor, mLSE: cute.Tensor | None, partials: cutlass.Constexpr, head_kv: Int32):
+    def run(self, mO: cute.Tensor, mLSE: cute.Tensor | None, partials: cutlass.Constexpr):
         self.note()
         cute.arch.sync_threads()
-        self.stage(head_kv)
+        self.stage()
         if cutlass.const_expr(not self.config.problem.split):
             self.finish(mO, mLSE)
         else:
@@ -58,7 +58,7 @@ class Merge:
                 self.store_lse(partials.lse, True)
                 cute.arch.sync_threads()
                 self.store_part(partials.out)
-                self.combine(mO, mLSE, partials, head_kv)
+                self.combine(mO, mLSE, partials)
 
     @cute.jit
     def finish(self, mO: cute.Tensor, mLSE: cute.Tensor | None):
@@ -76,13 +76,13 @@ class Merge:
                 store_shared_f32(self.notes + row * 8, statistics[r])
 
     @cute.jit
-    def stage(self, head_kv: Int32):
+    def stage(self):
         """Puts the warp's share of the normalised O into its ring; the rows' natural-log LSE into lses."""
         config = self.config
         staged = self.shared + self.warp * config.memory.ring_bytes
         descale = Float32(1.0)
         if cutlass.const_expr(config.problem.v_descale):
-            descale = self.modifiers.v_descale[self.rows.batch, head_kv]
+            descale = self.modifiers.v_descale[self.piece.batch, self.rows.head_kv]
         for r in cutlass.range_constexpr(self.own_rows):
             if 8 * r < self.rows.rows_left:
                 factor = self.finish_row(r)
@@ -191,10 +191,10 @@ class Merge:
         return values
 
     @cute.jit
-    def combine(self, mO: cute.Tensor, mLSE: cute.Tensor | None, partials: cutlass.Constexpr, head_kv: Int32):
+    def combine(self, mO: cute.Tensor, mLSE: cute.Tensor | None, partials: cutlass.Constexpr):
         """The rows of which all other parts have been stored, from their parts; a row is the business of one warp."""
         warps = self.config.plan.num_warps
-        number = self.rows.tile_number() * self.rows.heads.heads_kv + head_kv
+        number = self.rows.tile_number() * self.rows.heads.heads_kv + self.rows.head_kv
         own_row = self.warp + self.lane * warps
         is_last = Boolean(False)
         cute.arch.sync_warp()
@@ -218,7 +218,7 @@ class Merge:
         first_parts = self.load(partials.out, row, columns, 0)  # on their way while the weights are
         weights, lse = part_weights(self.part_lses(partials.lse, row))
         self.add(sums, first_parts, weights[0])
-        for first in cutlass.range(PARTS_AT_ONCE, self.piece.splits, PARTS_AT_ONCE, unroll=1):
+        for first in cutlass.range(self.parts_at_once, self.piece.splits, self.parts_at_once, unroll=1):
             weight = weights[0]
             if first >= 32:
                 weight = weights[1]
@@ -234,14 +234,15 @@ class Merge:
                 write(mLSE, self.rows.lse_offset(mLSE, row), lse)
 
     def load(self, mPartial: cute.Tensor, row: Int32, columns: LaneColumns, first) -> list:
-        """Starts the loads of PARTS_AT_ONCE parts, [part][turn] -> four columns; behind the last part it comes again."""
+        """Starts the loads of some parts, [part][turn] -> four columns; behind the last part it comes again."""
         address, step = self.rows.out_address(mPartial, row), Int64(mPartial.stride[0]) * 4
-        places = [address + Int64(cutlass.min(Int32(first + i), self.piece.splits - 1)) * step for i in range(PARTS_AT_ONCE)]
+        numbers = [cutlass.min(Int32(first + i), self.piece.splits - 1) for i in range(self.parts_at_once)]
+        places = [address + Int64(number) * step for number in numbers]
         return [[load_fresh_v4_f32(place + Int64(col * 4)) for col in columns.within] for place in places]
 
     def add(self, sums: cute.Tensor, loaded: list, weight: Float32) -> None:
         """weight: lane i has that of part i of those loaded."""
-        add_parts(sums, loaded, [cute.arch.shuffle_sync(weight, i) for i in range(PARTS_AT_ONCE)])
+        add_parts(sums, loaded, [cute.arch.shuffle_sync(weight, i) for i in range(self.parts_at_once)])
 
     @cute.jit
     def part_lses(self, mLSE: cute.Tensor, row: Int32) -> list:

@@ -20,7 +20,7 @@ from flash_attn_sm120.device.mainloop_decode import DecodeLoop
 from flash_attn_sm120.device.merge import Merge
 from flash_attn_sm120.device.paged_kv import KeysAndValues, divide, key_sequence, prefetch_table
 from flash_attn_sm120.device.pieces import WHOLE, Piece, find_piece, split_piece
-from flash_attn_sm120.device.rows import Heads, RowTile
+from flash_attn_sm120.device.rows import Heads, RowTile, VisibleRows, write_note
 from flash_attn_sm120.device.seqlen import Sequence, sequence
 from flash_attn_sm120.device.visible import starts_at_first, visible_columns
 from flash_attn_sm120.device.tile import TileLayout
@@ -46,8 +46,8 @@ class FlashAttentionDecodeSm80:
         self.layout_v = TileLayout(plan.tile_n, self.memory.columns_v)
         self.slot_bytes = max(self.layout_k.bytes, self.layout_v.bytes)
 
-    def operands(self, lane: Int32):
-        return (Keys8 if self.problem.kv_dtype else Keys16)(self, lane)
+    def operands(self, lane: Int32, shared: Int32):
+        return (Keys8 if self.problem.kv_dtype else Keys16)(self, lane, shared + self.memory.q_offset)
 
     @cute.jit
     def __call__(
@@ -194,8 +194,11 @@ class FlashAttentionDecodeSm80:
         pages = []
         if cutlass.const_expr(starts_at_first(problem)):  # as early as can be: all else waits for them
             pages = loop.first_pages(first + warp, plan.num_warps)
-        tile = (piece.m_block, head_kv, heads, numbers, piece.batch)
-        rows = RowTile(self, mQ, seq_q, seq_k.length, total_k, *tile)
+        rows = VisibleRows(self, mQ, seq_q, piece, head_kv, heads, seq_k.length, total_k, numbers)
+        note = shared + self.memory.note_offset
+        thread, _, _ = cute.arch.thread_idx()
+        if thread == 0:
+            write_note(note, piece, head_kv, seq_q)
         keys.bounds = (rows.begin, rows.end)
         # what the rows of this tile see
         first = cutlass.max(first, divide(rows.begin, plan.tile_n))
@@ -205,7 +208,8 @@ class FlashAttentionDecodeSm80:
             pages = loop.first_pages(first + warp, plan.num_warps)
         loop.run(rows, pages, first + warp, plan.num_warps, count, modifiers)
         cute.arch.sync_threads()
-        Merge(self, loop, rows, piece, shared, warp, modifiers).run(mO, mLSE, partials, head_kv)
+        tile = RowTile.from_note(self, mQ, note, heads)
+        Merge(self, loop, tile, shared, warp, modifiers).run(mO, mLSE, partials)
 
 
 class FlashAttentionDecodeSm120(FlashAttentionDecodeSm80):
