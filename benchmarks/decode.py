@@ -16,7 +16,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-
 import torch
 from forward import as_on_sm120
 from timing import median_ms
@@ -25,7 +24,7 @@ from flash_attn_sm120.arguments import Arguments, Lengths, Numbers, Partials
 from flash_attn_sm120.compile import build
 from flash_attn_sm120.dispatch import Plan, choose
 from flash_attn_sm120.problem import AttentionProblem
-from flash_attn_sm120.splits import num_splits, tickets
+from flash_attn_sm120.splits import Splits, choose_splits
 
 L2_BYTES = 64 << 20
 KV_DTYPES = {"": torch.bfloat16, "float8_e4m3fn": torch.float8_e4m3fn}
@@ -62,12 +61,19 @@ class Cell:
         )  # fmt: skip
 
 
-ISSUE = [(1, 8192, 32, 8), (1, 65536, 32, 8), (8, 8192, 32, 8), (64, 4096, 32, 8), (64, 4096, 64, 8), (16, 8192, 32, 32)]
+ISSUE = [
+    (1, 8192, 32, 8),
+    (1, 65536, 32, 8),
+    (8, 8192, 32, 8),
+    (64, 4096, 32, 8),
+    (64, 4096, 64, 8),
+    (16, 8192, 32, 32),
+]
 WINDOWS = [Cell(batch, 1024) for batch in (1, 64)] + [Cell(batch, 32768, window=1023) for batch in (1, 64)]
 
 
-def inputs(cell: Cell, splits: int, sets: int) -> list[tuple]:
-    """Arguments of calls that are like the layers of a model: one page table, in random order, and pools of their own."""
+def inputs(cell: Cell, splits: Splits, sets: int) -> list[tuple]:
+    """Arguments of calls that are like a model's layers: one page table, in random order, and pools of their own."""
     pages = -(-cell.seqlen // cell.page_size)
     table = torch.randperm(cell.batch * pages, device="cuda").int().reshape(cell.batch, pages)
     used = torch.full((cell.batch,), cell.seqlen, device="cuda", dtype=torch.int32)
@@ -77,12 +83,12 @@ def inputs(cell: Cell, splits: int, sets: int) -> list[tuple]:
     lengths, dtype = Lengths(seqused_k=used, page_table=table), KV_DTYPES[cell.kv_dtype]
     q_shape = (cell.batch, cell.seqlen_q, cell.heads, cell.head_dim)
     partials = None
-    if splits > 1:
-        count = tickets(choose(cell.problem(True)), cell.heads, cell.heads_kv, q_shape, cell.batch)
+    if splits.num_splits > 1:
         partials = Partials(
-            torch.empty(splits, *q_shape, device="cuda"),
-            torch.empty(splits, cell.batch, cell.heads, cell.seqlen_q, device="cuda"),
-            torch.zeros(count, device="cuda", dtype=torch.int32),
+            torch.empty(splits.num_splits, *q_shape, device="cuda"),
+            torch.empty(splits.num_splits, cell.batch, cell.heads, cell.seqlen_q, device="cuda"),
+            torch.zeros(splits.tickets, device="cuda", dtype=torch.int32),
+            splits.slots,
         )
     calls = []
     for _ in range(sets):
@@ -123,22 +129,23 @@ def read_tb_s() -> float:
     return x.numel() * 4 / median_ms(lambda: x.sum(), [()]) / 1e9
 
 
-def prepare(cell: Cell, occupancy: str, plan: Plan | None = None, splits: int = 0) -> tuple[Callable, int]:
+def prepare(cell: Cell, occupancy: str, plan: Plan | None = None, num_splits: int = 0) -> tuple[Callable, Splits]:
     properties = torch.cuda.get_device_properties(0)
     target = f"sm_{properties.major}{properties.minor}a"
-    sms = properties.multi_processor_count
-    rows = cell.seqlen_q * cell.heads // cell.heads_kv
-    splits = splits or num_splits(cell.problem(True), sms, cell.batch, cell.heads_kv, rows, cell.seqlen)
-    plan = plan or choose(cell.problem(splits > 1), target)
+    q_shape = (cell.batch, cell.seqlen_q, cell.heads, cell.head_dim)
+    sizes = (q_shape, cell.heads_kv, cell.batch, cell.seqlen_q, cell.seqlen)
+    splits = choose_splits(cell.problem(True), properties.multi_processor_count, *sizes, num_splits)
+    problem = cell.problem(splits.num_splits > 1)
+    plan = plan or choose(problem, target)
     if occupancy == "sm120":
         plan = as_on_sm120(plan, properties.shared_memory_per_multiprocessor)
-    return build(cell.problem(splits > 1), plan, target), splits
+    return build(problem, plan, target), splits
 
 
-def measure(cell: Cell, occupancy: str, plan: Plan | None = None, splits: int = 0) -> dict:
-    call, splits = prepare(cell, occupancy, plan, splits)
+def measure(cell: Cell, occupancy: str, plan: Plan | None = None, num_splits: int = 0) -> dict:
+    call, splits = prepare(cell, occupancy, plan, num_splits)
     sets = inputs(cell, splits, min(max(2, -(-4 * L2_BYTES // cell.bytes_read)), 64))
-    row = {"cell": cell.name, "splits": splits}
+    row = {"cell": cell.name, "splits": splits.num_splits}
     timings = {"eager": median_ms(call, sets), "graph": graph_ms(call, sets), "row": row_ms(call, sets)}
     for name, ms in timings.items():
         row[f"{name}_us"] = ms * 1e3

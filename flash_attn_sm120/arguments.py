@@ -56,13 +56,15 @@ class Arguments(NamedTuple):
 
 
 class Partials(NamedTuple):
-    """What the blocks of a split decode tell one another; the last argument of a launcher that splits.
+    """What the blocks of a split decode tell one another; the last argument where a launcher splits. Sizes: splits.py.
 
     The most parts that a sequence is cut into is the size of the first dimension of out and lse, which hold anything.
     tickets counts the parts that are done: zeros before the first launch, and zeros again after each. No two launches
-    that may run at the same time share any of it.
+    that may run at the same time share any of it. slots: parts, for each of their m_blocks, that all sequences make if
+    they are cut evenly.
     """
 
     out: Any  # (num_splits, *q.shape[:-1], head_dim_v) float32
     lse: Any  # (num_splits, *shape of lse) float32
-    tickets: Any  # (splits.tickets(...),) int32
+    tickets: Any  # (tickets,) int32
+    slots: Any

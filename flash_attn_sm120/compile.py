@@ -13,6 +13,7 @@ from cutlass.cute.runtime import make_fake_stream, make_fake_tensor
 
 from flash_attn_sm120.arguments import Arguments, Lengths, Modifiers, Numbers, Partials
 from flash_attn_sm120.dispatch import Plan, choose
+from flash_attn_sm120.kernels.combine import CombineProblem, FlashAttentionCombine
 from flash_attn_sm120.kernels.decode import FlashAttentionDecodeSm120
 from flash_attn_sm120.kernels.forward import FlashAttentionForwardSm120
 from flash_attn_sm120.kernels.forward_tma import FlashAttentionForwardSm120Tma
@@ -31,14 +32,16 @@ DTYPES = {
     "float8_e5m2": cutlass.Float8E5M2,
 }
 
-_loaded: dict[tuple[AttentionProblem, str], Callable] = {}
+_loaded: dict[tuple[AttentionProblem | CombineProblem, str], Callable] = {}
 _lock = threading.Lock()
 
 
-def load(problem: AttentionProblem, arch: str) -> Callable:
+def load(problem: AttentionProblem | CombineProblem, arch: str) -> Callable:
     """The launcher for a problem on a target such as "sm_120a"; compiled on first use, by one thread at a time.
 
-    Call it as fn(*arguments.Arguments(...)); plain tuples serve as its groups. It launches on PyTorch's current stream.
+    Call it as fn(*arguments.Arguments(...)), a decode as fn(*arguments.Arguments(...), partials) with partials None or
+    arguments.Partials(...), a combination as fn(out_partial, lse_partial, out, lse, cu_seqlens_q); plain tuples serve
+    as groups. It launches on PyTorch's current stream.
     """
     key = (problem, arch)
     launcher = _loaded.get(key)
@@ -46,20 +49,44 @@ def load(problem: AttentionProblem, arch: str) -> Callable:
         with _lock:
             launcher = _loaded.get(key)
             if launcher is None:
-                launcher = _loaded[key] = build(problem, choose(problem, arch), arch)
+                combines = isinstance(problem, CombineProblem)
+                built = build_combine(problem, arch) if combines else build(problem, choose(problem, arch), arch)
+                launcher = _loaded[key] = built
     return launcher
 
 
 def build(problem: AttentionProblem, plan: Plan, arch: str, keep: bool = False):
     """Compiles for `arch`, with or without a GPU here. keep: the result carries __ptx__ and __cubin__."""
-    kernel = KERNELS[plan.kernel](problem, plan)
+    return _build(KERNELS[plan.kernel](problem, plan), _signature(problem), arch, keep)
+
+
+def build_combine(problem: CombineProblem, arch: str, keep: bool = False):
+    """build for a combination."""
+    return _build(FlashAttentionCombine(problem), _combine_signature(problem), arch, keep)
+
+
+def _build(kernel, signature: tuple, arch: str, keep: bool):
     options = f"--enable-tvm-ffi --gpu-arch {arch}"
     with warnings.catch_warnings(), tempfile.TemporaryDirectory() as folder:
         # A group of arguments that is empty for a problem is no mistake.
         warnings.filterwarnings("ignore", message=r"Argument (lengths|modifiers) .* cannot be converted")
         if keep:  # what is kept is written to files too, by default in the current directory
             options += f" --generate-line-info --keep-ptx --keep-cubin --dump-dir {folder}"
-        return cute.compile(kernel, *_signature(problem), options=options)
+        return cute.compile(kernel, *signature, options=options)
+
+
+def _combine_signature(problem: CombineProblem) -> tuple:
+    rank = 3 if problem.packed else 4
+    partial, out = _matrix(Float32, rank + 1, divisibility=4), _matrix(DTYPES[problem.dtype], rank, divisibility=4)
+    lse_partial, lse = _strided(rank), _strided(rank - 1) if problem.lse else None
+    cu_seqlens_q = _lengths() if problem.packed else None
+    return partial, lse_partial, out, lse, cu_seqlens_q, make_fake_stream(use_tvm_ffi_env_stream=True)
+
+
+def _strided(rank: int):
+    """float32 with any strides."""
+    shape, stride = (tuple(make() for _ in range(rank)) for make in (cute.sym_int32, cute.sym_int64))
+    return make_fake_tensor(Float32, shape, stride, assumed_align=4)
 
 
 def _signature(problem: AttentionProblem) -> tuple:
@@ -77,7 +104,8 @@ def _signature(problem: AttentionProblem) -> tuple:
         partials = (None,)
         if problem.split:
             partial = _matrix(Float32, rank_q + 1, divisibility=4)
-            partials = (Partials(partial, _matrix(Float32, rank_q, align=4, divisibility=1), _lengths()),)
+            lse_partial = _matrix(Float32, rank_q, align=4, divisibility=1)
+            partials = (Partials(partial, lse_partial, _lengths(), Int32(0)),)
     return (*arguments, *partials, make_fake_stream(use_tvm_ffi_env_stream=True))
 
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from flash_attn_sm120.problem import MASKS, AttentionProblem, padded
+from flash_attn_sm120.problem import DTYPES, FP8_DTYPES, MASKS, AttentionProblem, padded
 
 ELEMENT_BYTES = 2
 BARRIER_BYTES = 64  # mbarriers, behind the note
@@ -97,7 +97,11 @@ DECODE_FP8_SPLIT_TILES = (
     TileRow(256, 256, tile_m=16, tile_n=16, num_warps=4, stages=3, blocks_per_sm=1),
 )
 TILES = {"forward": FORWARD_TILES, "forward_tma": FORWARD_TMA_TILES}
-LOADING_WARPS = {"forward": 0, "forward_tma": 4, "decode": 0}  # four, as registers change hands between groups of four warps
+LOADING_WARPS = {
+    "forward": 0,
+    "forward_tma": 4,
+    "decode": 0,
+}  # four, as registers change hands between groups of four warps
 
 
 def smem_bytes(problem: AttentionProblem, row: TileRow) -> int:
@@ -170,7 +174,9 @@ def tiles_for(kernel: str, problem: AttentionProblem) -> tuple[TileRow, ...]:
 def plan_for(kernel: str, problem: AttentionProblem) -> Plan:
     """The kernel's plan, whether or not the dispatcher would take it."""
     row = next(
-        row for row in tiles_for(kernel, problem) if problem.head_dim <= row.head_dim and problem.head_dim_v <= row.head_dim_v
+        row
+        for row in tiles_for(kernel, problem)
+        if problem.head_dim <= row.head_dim and problem.head_dim_v <= row.head_dim_v
     )
     tile = (row.tile_m, row.tile_n, row.num_warps, row.stages, row.blocks_per_sm)
     return Plan(kernel, *tile, smem_bytes(problem, row), LOADING_WARPS[kernel])
@@ -208,4 +214,32 @@ def variants() -> list[AttentionProblem]:
     problems.append(AttentionProblem("bfloat16", 40, 72, mask="causal", lse=True))
     problems.append(AttentionProblem("float16", 8, 256, lse=True))
     problems.append(AttentionProblem("float16", 32, 192, mask="causal", lse=True))
+    return list(dict.fromkeys(problems))
+
+
+def decode_variants() -> list[AttentionProblem]:
+    """variants() of the decode kernel, whole and split: launched with partials, they have no place in variants()."""
+    paged = {"page_size": 16, "seqused_k": True}
+    shapes = [("bfloat16", d, dv, {**paged, "mask": "causal", "lse": True}) for d, dv in HEAD_DIMS]
+    plain = [
+        {},
+        {"packed_q": True, "packed_k": True, "mask": "causal"},
+        {"seqused_k": True, "mask": "local", "softcap": True},
+        {"packed_q": True, "seqused_q": True, **paged, "mask": "local", "lse": True},
+        {**paged, "page_size": 8, "sink": "float32", "mask": "causal"},
+        {**paged, "page_size": 784, "sink": "bfloat16", "alibi": True, "lse": True},
+        {**paged, "mask": "causal", "chunked": True},
+        {**paged, "mask": "causal", "context_parallel": True, "lse": True},
+    ]
+    shapes += [("float16", 128, 128, options) for options in plain]
+    scales = {"k_descale": True, "v_descale": True}
+    for kv_dtype in FP8_DTYPES:
+        options = {**paged, **scales, "kv_dtype": kv_dtype, "mask": "causal", "lse": True}
+        shapes += [(dtype, d, d, options) for dtype in DTYPES for d in (64, 128, 256)]
+    shapes.append(("bfloat16", 192, 128, {**paged, "kv_dtype": FP8_DTYPES[0], "mask": "local", "softcap": True}))
+    problems = [
+        AttentionProblem(dtype, d, dv, decode=True, split=split, **options)
+        for dtype, d, dv, options in shapes
+        for split in (False, True)
+    ]
     return list(dict.fromkeys(problems))

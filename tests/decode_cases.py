@@ -7,14 +7,13 @@ from __future__ import annotations
 
 import itertools
 import math
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass
 
 import torch
 
 from flash_attn_sm120.arguments import Arguments, Lengths, Modifiers, Numbers, Partials
-from flash_attn_sm120.dispatch import choose
 from flash_attn_sm120.problem import AttentionProblem
-from flash_attn_sm120.splits import tickets
+from flash_attn_sm120.splits import choose_splits
 
 FP8 = {"float8_e4m3fn": torch.float8_e4m3fn, "float8_e5m2": torch.float8_e5m2}
 
@@ -49,7 +48,6 @@ class Case:
     num_splits: int = 1
     lse: bool = True
     shared_pages: bool = False
-    options: dict = field(default_factory=dict)
 
     @property
     def dv(self) -> int:
@@ -130,21 +128,20 @@ def make(case: Case, device="cpu") -> Inputs:
     if case.descale:
         for name in ("k_descale", "v_descale"):
             modifiers[name] = torch.rand(batch, case.heads_kv, device=device) + 0.5
-    numbers = Numbers(
-        1 / math.sqrt(case.head_dim), case.softcap, *case.window, case.chunk, case.world, case.rank
-    )
+    numbers = Numbers(1 / math.sqrt(case.head_dim), case.softcap, *case.window, case.chunk, case.world, case.rank)
     out = torch.full((*mQ.shape[:-1], case.dv), math.nan, dtype=dtype, device=device)
     lse_shape = (heads, mQ.shape[0]) if case.packed_q else (batch, heads, mQ.shape[1])
     lse = torch.full(lse_shape, math.nan, device=device) if case.lse else None
     arguments = Arguments(mQ, mK, mV, out, lse, Lengths(**lengths), Modifiers(**modifiers), numbers)
     partials = None
     if case.num_splits > 1:
+        sizes = (case.heads_kv, batch, max([*room_q, 1]), max([*local_k, 1]))
+        splits = choose_splits(case.problem, 132, mQ.shape, *sizes, num_splits=case.num_splits)
         partials = Partials(
             torch.full((case.num_splits, *out.shape), math.nan, device=device),
             torch.full((case.num_splits, *lse_shape), math.nan, device=device),
-            torch.zeros(
-                tickets(choose(case.problem), heads, case.heads_kv, mQ.shape, batch), dtype=torch.int32, device=device
-            ),
+            torch.zeros(splits.tickets, dtype=torch.int32, device=device),
+            splits.slots,
         )
     return Inputs(arguments, partials, q, k, v, total_k)
 
@@ -182,7 +179,9 @@ def _store(case: Case, k, v, local_k, dtype, lengths: dict, device) -> tuple[tor
         both = _poison((*shape, max(case.head_dim, case.dv)), dtype, device)
         stores = [both[:, i, :, :, :d].permute(*back) for i, d in enumerate((case.head_dim, case.dv))]
     else:
-        stores = [_poison((num_pages, case.page_size, case.heads_kv, d), dtype, device) for d in (case.head_dim, case.dv)]
+        stores = [
+            _poison((num_pages, case.page_size, case.heads_kv, d), dtype, device) for d in (case.head_dim, case.dv)
+        ]
     for b, length in enumerate(local_k):
         used = -(-length // case.page_size)
         table[b, :used] = order[b, :used].int()
@@ -224,7 +223,9 @@ def expected(case: Case, inputs: Inputs) -> list[tuple[torch.Tensor, torch.Tenso
         if case.sink:
             sink = modifiers.learnable_sink.double()[:, None, None].expand(-1, len(q), 1)
             scores = torch.cat([scores, sink], -1)
-            values = torch.cat([values, torch.zeros_like(values[:1]) if len(v) else values.new_zeros(1, *values.shape[1:])])
+            values = torch.cat(
+                [values, torch.zeros_like(values[:1]) if len(v) else values.new_zeros(1, *values.shape[1:])]
+            )
         lse = torch.logsumexp(scores, -1)
         weights = torch.exp(scores - torch.where(lse == -math.inf, 0.0, lse)[..., None])
         results.append((torch.einsum("hqk,khd->qhd", weights, values), lse))
@@ -238,7 +239,7 @@ def check(case: Case, inputs: Inputs) -> float:
     worst, start = 0.0, 0
     if inputs.partials is not None:
         assert not inputs.partials.tickets.any(), "tickets are left"
-    for b, (o, l) in enumerate(expected(case, inputs)):
+    for b, (o, log_sum) in enumerate(expected(case, inputs)):
         n = len(o)
         room = out.shape[1] - n if not case.packed_q else (b % 3 if case.seqused_q else 0)
         rows = (slice(start, start + n),) if case.packed_q else (b, slice(0, n))
@@ -254,16 +255,12 @@ def check(case: Case, inputs: Inputs) -> float:
         if lse is None:
             continue
         found = lse[:, rows[0]] if case.packed_q else lse[rows[0]][:, rows[1]]
-        assert torch.equal(found == -math.inf, l == -math.inf), f"sequence {b}: lse disagrees on empty rows"
-        finite = l != -math.inf
-        difference = (found.double() - l)[finite].abs().max().item() if finite.any() else 0.0
+        assert torch.equal(found == -math.inf, log_sum == -math.inf), f"sequence {b}: lse disagrees on empty rows"
+        finite = log_sum != -math.inf
+        difference = (found.double() - log_sum)[finite].abs().max().item() if finite.any() else 0.0
         assert difference <= 2e-3, f"sequence {b}: lse is off by {difference}"
         behind = lse[:, rest[0]] if case.packed_q else lse[rest[0]][:, rest[1]]
         assert (behind == -math.inf).all(), f"sequence {b}: lse beyond seqused_q isn't -inf"
     if case.packed_q:
         assert out[start:].isnan().all(), "rows past the last sequence were written"
     return worst
-
-
-def named(case: Case, **changes) -> Case:
-    return replace(case, **changes)

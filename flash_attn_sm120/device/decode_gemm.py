@@ -50,8 +50,8 @@ class Keys16:
         self.quad = lane % 4
 
     def load_q(self, rows: list[Int64]) -> list:
-        """Starts the loads of the thread's rows, of which `rows` are the addresses. tSrQ [k step][m] -> A operand; columns
-        that don't exist are 0."""
+        """Starts the loads of the thread's rows, of which `rows` are the addresses. tSrQ [k step][m] -> A operand;
+        columns that don't exist are 0."""
         head_dim, tSrQ = self.config.problem.head_dim, []
         for col in range(0, self.config.layout_k.cols, 16):
             step = []
@@ -89,4 +89,3 @@ class Keys16:
     def column(self, n: int, i: int) -> tuple[Int32, int]:
         """Column of out that value i of column block n of tOrO is: (of the lane, in addition)."""
         return self.quad * 2, 8 * n + i % 2
-

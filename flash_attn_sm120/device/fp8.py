@@ -3,8 +3,8 @@
 e4m3 and e5m2 are exact in f16. Rows of bfloat16 Q are brought into f16's range by a power of two each, which loses
 nothing above 2^-31 of the row's largest element and is taken back from the scores.
 
-The order of the columns of a product's sum is free, so K's lanes take 16 bytes side by side and Q is loaded to fit. Of V
-a lane takes the bytes of one or two 8-byte columns of four keys; so the columns of O are in another order, see column().
+The order of the columns of a product's sum is free, so K's lanes take 16 bytes side by side and Q is loaded to fit. Of
+V a lane takes an eighth of four keys' columns, side by side; so the columns of O are in another order, see column().
 """
 
 from __future__ import annotations
@@ -47,8 +47,8 @@ class Keys8:
         return layout.units // 4
 
     def load_q(self, rows: list[Int64]) -> list:
-        """Starts the loads of the thread's rows, of which `rows` are the addresses: [k step][row] -> two pairs of columns;
-        those that don't exist are 0."""
+        """Starts the loads of the thread's rows, of which `rows` are the addresses: [k step][row] -> two pairs of
+        columns; those that don't exist are 0."""
         problem, layout = self.config.problem, self.config.layout_k
         units = self._units(layout)
         words = []

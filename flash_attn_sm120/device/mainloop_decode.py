@@ -1,7 +1,7 @@
 """The rows of one KV head against a part of its keys. The warps of a block share the keys out among themselves.
 
-A warp has rings of its own in shared memory and waits for nobody: it loads granules of keys, in turn a tile of K and one
-of V, `stages` tiles ahead, and keeps its own statistics and its own O for all rows. They are merged at the end.
+A warp has a ring of its own in shared memory and waits for nobody: it loads granules of keys, in turn a tile of K and
+one of V, `stages` tiles ahead, and keeps its own statistics and its own O for all rows. They are merged at the end.
 """
 
 from __future__ import annotations
@@ -66,7 +66,13 @@ class DecodeLoop:
 
     @cute.jit
     def run(
-        self, rows: VisibleRows, pages: cutlass.Constexpr, first: Int32, step: cutlass.Constexpr, count: Int32, modifiers
+        self,
+        rows: VisibleRows,
+        pages: cutlass.Constexpr,
+        first: Int32,
+        step: cutlass.Constexpr,
+        count: Int32,
+        modifiers,
     ):
         """pages: first_pages(first, step)."""
         self.rows = rows
@@ -168,4 +174,3 @@ class DecodeLoop:
             )
             for r in range(self.softmax.rows)
         ]
-

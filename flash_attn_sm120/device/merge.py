@@ -41,7 +41,7 @@ class Merge:
         self.notes = shared + config.memory.notes_offset
         self.row_bytes = config.memory.staged_row_bytes
         self.own_rows = config.plan.tile_m // 8
-        self.parts_at_once = LOADS_AT_ONCE // (-(-config.problem.head_dim_v // 128))
+        self.parts_at_once = LOADS_AT_ONCE // (-(-config.problem.head_dim_v // 128)) ** 2
         self.lses = cute.make_rmem_tensor((self.own_rows,), Float32)
 
     @cute.jit
@@ -142,7 +142,8 @@ class Merge:
     @cute.jit
     def store_lse(self, mLSE: cute.Tensor | None, partial: cutlass.Constexpr):
         if cutlass.const_expr(mLSE is not None):
-            if (self.warp == 0) & (self.quad == 0):
+            is_writer = (self.warp == 0) & (self.quad == 0)
+            if is_writer:
                 for r in cutlass.range_constexpr(self.own_rows):
                     row = 8 * r + self.group
                     if row < self.rows.rows_left:
@@ -209,9 +210,7 @@ class Merge:
             last_rows = last_rows >> 1
 
     @cute.jit
-    def combine_row(
-        self, mO: cute.Tensor, mLSE: cute.Tensor | None, partials: cutlass.Constexpr, row: Int32
-    ):
+    def combine_row(self, mO: cute.Tensor, mLSE: cute.Tensor | None, partials: cutlass.Constexpr, row: Int32):
         columns = LaneColumns(self.config.problem.head_dim_v, self.lane)
         sums = cute.make_rmem_tensor((4 * columns.turns,), Float32)
         sums.fill(0.0)
@@ -230,8 +229,9 @@ class Merge:
                 pairs = [pack_pair(sums[4 * turn + i], sums[4 * turn + i + 1], self.config.dtype) for i in (0, 2)]
                 store_global_v2(target + turn * 256, pairs)
         if cutlass.const_expr(mLSE is not None):
+            offset = self.rows.lse_offset(mLSE, row)
             if self.lane == 0:
-                write(mLSE, self.rows.lse_offset(mLSE, row), lse)
+                write(mLSE, offset, lse)
 
     def load(self, mPartial: cute.Tensor, row: Int32, columns: LaneColumns, first) -> list:
         """Starts the loads of some parts, [part][turn] -> four columns; behind the last part it comes again."""

@@ -111,8 +111,8 @@ class KeysAndValues:
         return self.tile_n // self.unit_rows
 
     def page_numbers(self, granule: Int32) -> list[Int32]:
-        """The page of each unit, inside the pool whatever the table holds; [] where there are no pages. Entries beyond the
-        sequence aren't read."""
+        """The page of each unit, inside the pool whatever the table holds; [] where there are no pages. Entries beyond
+        the sequence aren't read."""
         if not self.page_size:
             return []
         pages = []

@@ -6,7 +6,7 @@ import math
 import operator
 
 import cutlass
-from cutlass import Float32, Int32, Int64, cute
+from cutlass import Float32, Int32, cute
 
 from flash_attn_sm120.device.ptx import exp2, log2, reciprocal
 from flash_attn_sm120.device.softmax import NEG_INF, tree_reduce

@@ -1,7 +1,7 @@
 """Which piece of a decode a thread block computes: (batch, m_block, part of the keys).
 
-All sequences together are cut into equal parts of `chunk` granules, so that one long sequence among short ones is shared
-out as well as many of one length. Only lengths on the device decide, so that a captured graph follows them.
+All sequences together are cut into parts of one size, so that one long sequence among short ones is shared out as well
+as many of one length. Only lengths on the device decide, so that a captured graph follows them.
 """
 
 from __future__ import annotations
@@ -29,6 +29,11 @@ class Piece:
     valid: cutlass.Boolean
 
 
+def rounded_up(granules: Int32, unit: int) -> Int32:
+    """At least one unit."""
+    return cutlass.max(divide(granules + unit - 1, unit), Int32(1)) * unit
+
+
 def parts(granules: Int32, chunk: Int32) -> Int32:
     """A sequence without keys has one part too, which writes that there are none."""
     return cutlass.max(divide(granules + chunk - 1, chunk), Int32(1))
@@ -51,45 +56,39 @@ def before_and_own(value: Int32, lane: Int32) -> Int32:
     return value
 
 
-def chunk_of(work: Int32, num_splits: Int32, unit: int) -> Int32:
-    """Granules of a part, a multiple of `unit`, so that no sequence has more than num_splits parts and all together
-    have fewer than num_splits more than there are m_blocks. work: granules of all sequences, once for each m_block."""
-    chunk = divide(work + num_splits - 1, num_splits)
-    return cutlass.max(divide(chunk + unit - 1, unit), Int32(1)) * unit
+@dataclass(frozen=True)
+class Cut:
+    """How sequences are cut: into parts of one size, of which `slots` make up all the work, but into no more than
+    num_splits each. A part is a multiple of `unit` granules."""
+
+    slots: Int32
+    num_splits: Int32
+    unit: int
+
+
+def chunk_of(cut: Cut | None, work: Int32, granules: Int32) -> Int32:
+    """Granules of a part of a sequence. work: granules of all sequences, once for each m_block; cut None: all."""
+    if cut is None:
+        return Int32(WHOLE)
+    shared = divide(work + cut.slots - 1, cut.slots)
+    own = divide(granules + cut.num_splits - 1, cut.num_splits)
+    return rounded_up(cutlass.max(shared, own), cut.unit)
 
 
 @cute.jit
-def split_piece(
-    extent: cutlass.Constexpr[Callable],
-    index: Int32,
-    batch: Int32,
-    num_splits: Int32,
-    unit: cutlass.Constexpr,
-    lane: Int32,
+def find_piece(
+    extent: cutlass.Constexpr[Callable], cut: cutlass.Constexpr, index: Int32, batch: Int32, lane: Int32
 ) -> Piece:
-    """The piece number `index` where sequences are split. extent(b) -> (m_blocks, granules) of a sequence."""
+    """The piece number `index`. extent(b) -> (m_blocks, granules) of a sequence; cut: None leaves sequences whole."""
     m_blocks, granules = extent(Int32(0))
-    chunk = chunk_of(m_blocks * granules, num_splits, unit)
+    chunk = chunk_of(cut, m_blocks * granules, granules)
     splits = parts(granules, chunk)
     owner, before = Int32(-1), Int32(0)
     if batch == 1:
         if index < m_blocks * splits:
             owner = Int32(0)
     else:
-        work = Int32(0)
-        for first in cutlass.range(0, batch, 32, unroll=1):
-            if first + lane < batch:
-                m_blocks, granules = extent(first + lane)
-                work = work + m_blocks * granules
-        chunk = chunk_of(warp_sum(work), num_splits, unit)
-        owner, m_blocks, splits, before = owner_of(extent, index, batch, chunk, lane)
-    return _piece(index, owner, m_blocks, splits, before, chunk)
-
-
-@cute.jit
-def find_piece(extent: cutlass.Constexpr[Callable], index: Int32, batch: Int32, chunk: Int32, lane: Int32) -> Piece:
-    """The piece number `index` where the parts have `chunk` granules."""
-    owner, m_blocks, splits, before = owner_of(extent, index, batch, chunk, lane)
+        owner, m_blocks, splits, chunk, before = owner_of(extent, cut, index, batch, lane)
     return _piece(index, owner, m_blocks, splits, before, chunk)
 
 
@@ -104,20 +103,27 @@ def _piece(index: Int32, owner: Int32, m_blocks: Int32, splits: Int32, before: I
 
 
 @cute.jit
-def owner_of(extent: cutlass.Constexpr[Callable], index: Int32, batch: Int32, chunk: Int32, lane: Int32):
-    """(sequence, its m_blocks, its parts, pieces before it) for the piece number `index`: sequences one behind the
-    other, in a sequence part after part, in a part its m_blocks; (-1, 1, 1, 0) past the last piece.
+def owner_of(extent: cutlass.Constexpr[Callable], cut: cutlass.Constexpr, index: Int32, batch: Int32, lane: Int32):
+    """(sequence, its m_blocks, its parts, their granules, pieces before it) for the piece number `index`: sequences one
+    behind the other, in a sequence part after part, in a part its m_blocks; sequence -1 past the last piece.
 
     Every warp looks at 32 sequences at a time.
     """
-    found_batch, found_before = Int32(-1), Int32(0)
+    work = Int32(0)
+    for first in cutlass.range(0, batch, 32, unroll=1):
+        if first + lane < batch:
+            m_blocks, granules = extent(first + lane)
+            work = work + m_blocks * granules
+    work = warp_sum(work)
+    found_batch, found_before, found_chunk = Int32(-1), Int32(0), Int32(1)
     found_blocks, found_splits = Int32(1), Int32(1)
     before, first = Int32(0), Int32(0)
     while first < batch and found_batch < 0:
         mine = first + lane
-        m_blocks, splits = Int32(0), Int32(0)
+        m_blocks, splits, chunk = Int32(0), Int32(0), Int32(1)
         if mine < batch:
             m_blocks, granules = extent(mine)
+            chunk = chunk_of(cut, work, granules)
             splits = parts(granules, chunk)
         end = before_and_own(m_blocks * splits, lane)
         holders = cute.arch.vote_ballot_sync(before + end > index)
@@ -126,7 +132,8 @@ def owner_of(extent: cutlass.Constexpr[Callable], index: Int32, batch: Int32, ch
             found_batch = first + owner
             found_blocks = cute.arch.shuffle_sync(m_blocks, owner)
             found_splits = cute.arch.shuffle_sync(splits, owner)
+            found_chunk = cute.arch.shuffle_sync(chunk, owner)
             found_before = before + cute.arch.shuffle_sync(end, owner) - found_blocks * found_splits
         before = before + cute.arch.shuffle_sync(end, 31)
         first = first + 32
-    return found_batch, found_blocks, found_splits, found_before
+    return found_batch, found_blocks, found_splits, found_chunk, found_before

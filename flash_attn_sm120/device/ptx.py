@@ -176,7 +176,7 @@ def store_global_v4(glob: Int64, values: Sequence[Int32], *, loc=None, ip=None) 
 def cp_async_16_at(
     shared: Int32, glob: Int64, size: Int32, shared_offset: int = 0, offset: int = 0, *, loc=None, ip=None
 ) -> None:
-    """Copies 16 bytes from glob + offset to shared + shared_offset; size 0 writes zeros and reads nothing, 16 copies."""
+    """Copies 16 bytes from glob + offset to shared + shared_offset; size 16 copies, 0 writes zeros."""
     operands = [x.ir_value(loc=loc, ip=ip) for x in (Int32(shared), Int64(glob), Int32(size))]
     text = f"cp.async.cg.shared.global.L2::128B [$0+{shared_offset}], [$1+{offset}], 16, $2;"
     _asm(None, operands, text, "r,l,r", volatile=True, loc=loc, ip=ip)
@@ -234,8 +234,8 @@ def load_fresh_f32(glob: Int64, *, loc=None, ip=None) -> Float32:
 
 @dsl_user_op
 def take_ticket(glob: Int64, last: Int32, *, loc=None, ip=None) -> Int32:
-    """Counts the uint32 at glob up, from `last` on to 0 again; returns what it was. Writes before it are seen by whoever
-    finds the number in it."""
+    """Counts the uint32 at glob up, from `last` on to 0 again; returns what it was. Who takes a later ticket sees what
+    was written before this one."""
     operands = [Int64(glob).ir_value(loc=loc, ip=ip), Int32(last).ir_value(loc=loc, ip=ip)]
     text = "atom.acq_rel.gpu.global.inc.u32 $0, [$1], $2;"
     return Int32(_asm(T.i32(), operands, text, "=r,l,r", volatile=True, loc=loc, ip=ip))

@@ -91,6 +91,7 @@ class RowTile:
             offset = offset + Int64(seq.batch) * Int64(tensor.stride[-4])
         return tensor.iterator.toint() + offset * (tensor.element_type.width // 8)
 
+
 class VisibleRows(RowTile):
     """A tile and what its rows see of the keys. total_k: keys of all context-parallel ranks.
 

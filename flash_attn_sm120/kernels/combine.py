@@ -30,12 +30,16 @@ PTX_DTYPE = {"bfloat16": "bf16", "float16": "f16", "float32": "f32"}
 
 @dataclass(frozen=True, slots=True)
 class CombineProblem:
-    """What selects the machine code of a combination. dtype: of out, "bfloat16", "float16" or "float32"; packed: rows are
-    (total_q, heads) instead of (batch, seqlen_q, heads)."""
+    """What selects the machine code of a combination.
+
+    dtype: of out, "bfloat16", "float16" or "float32". packed: rows are (total_q, heads) with cu_seqlens_q, instead of
+    (batch, seqlen_q, heads). lse: it is written.
+    """
 
     dtype: str
     head_dim_v: int
     packed: bool = False
+    lse: bool = True
 
 
 class FlashAttentionCombine:
@@ -143,7 +147,9 @@ class FlashAttentionCombine:
             values.append(value)
         return values
 
-    def add_group(self, sums, address: Int64, step: Int64, first: Int32, weights: Float32, columns: LaneColumns) -> None:
+    def add_group(
+        self, sums, address: Int64, step: Int64, first: Int32, weights: Float32, columns: LaneColumns
+    ) -> None:
         """Adds every WARPS-th of 32 parts, of which `first` is the warp's first; all are loaded before the first sum."""
         own = [cute.arch.shuffle_sync(weights, (first + i) % 32) for i in range(0, 32, WARPS)]
         loaded = []

@@ -19,11 +19,11 @@ from flash_attn_sm120.device.fp8 import Keys8
 from flash_attn_sm120.device.mainloop_decode import DecodeLoop
 from flash_attn_sm120.device.merge import Merge
 from flash_attn_sm120.device.paged_kv import KeysAndValues, divide, key_sequence, prefetch_table
-from flash_attn_sm120.device.pieces import WHOLE, Piece, find_piece, split_piece
+from flash_attn_sm120.device.pieces import WHOLE, Cut, Piece, find_piece
 from flash_attn_sm120.device.rows import Heads, RowTile, VisibleRows, write_note
 from flash_attn_sm120.device.seqlen import Sequence, sequence
-from flash_attn_sm120.device.visible import starts_at_first, visible_columns
 from flash_attn_sm120.device.tile import TileLayout
+from flash_attn_sm120.device.visible import starts_at_first, visible_columns
 from flash_attn_sm120.dispatch import decode_memory
 from flash_attn_sm120.problem import AttentionProblem
 
@@ -70,13 +70,11 @@ class FlashAttentionDecodeSm80:
         heads_per_kv = mQ.shape[-2] // heads_kv
         heads = Heads(heads_kv, heads_per_kv, Float32(1.0) / Float32(heads_per_kv))
         if cutlass.const_expr(problem.packed_q):
-            batch = lengths.cu_seqlens_q.shape[0] - 1
-            pieces = mQ.shape[0] * heads_per_kv // plan.tile_m + batch
+            pieces = mQ.shape[0] * heads_per_kv // plan.tile_m + lengths.cu_seqlens_q.shape[0] - 1
         else:
-            batch = mQ.shape[0]
-            pieces = cute.ceil_div(mQ.shape[1] * heads_per_kv, plan.tile_m) * batch
+            pieces = cute.ceil_div(mQ.shape[1] * heads_per_kv, plan.tile_m) * mQ.shape[0]
         if cutlass.const_expr(problem.split):
-            pieces = pieces + partials.out.shape[0] - 1
+            pieces = pieces + partials.slots - 1
         self.kernel(mQ, mK, mV, mO, mLSE, lengths, modifiers, self.in_base_2(numbers), partials, heads).launch(
             grid=(pieces * heads_kv, 1, 1), block=(self.num_threads, 1, 1), smem=plan.smem_bytes, stream=stream,
             min_blocks_per_mp=plan.blocks_per_sm, preferred_smem_carveout=100,
@@ -110,8 +108,8 @@ class FlashAttentionDecodeSm80:
             prefetch_table(lengths.page_table, block * self.num_threads + thread)
         index = divide(block, heads.heads_kv)
         head_kv = block - index * heads.heads_kv
-        num_splits = partials.out.shape[0] if self.problem.split else Int32(1)
-        piece = self.piece(mQ, mK, num_splits, lengths, numbers, index, heads)
+        cut = Cut(partials.slots, partials.out.shape[0], self.plan.num_warps) if self.problem.split else None
+        piece = self.piece(mQ, mK, cut, lengths, numbers, index, heads)
         if piece.valid:
             self.compute(mQ, mK, mV, mO, mLSE, lengths, modifiers, numbers, partials, piece, head_kv, heads)
 
@@ -137,7 +135,7 @@ class FlashAttentionDecodeSm80:
         self,
         mQ: cute.Tensor,
         mK: cute.Tensor,
-        num_splits: Int32,
+        cut: cutlass.Constexpr,
         lengths: Lengths,
         numbers: Numbers,
         index: Int32,
@@ -152,10 +150,8 @@ class FlashAttentionDecodeSm80:
             m_blocks = divide(seq_q.room * heads.per_kv + plan.tile_m - 1, plan.tile_m)
             return m_blocks, cutlass.max(end - first, Int32(0))
 
-        if cutlass.const_expr(self.problem.split):
-            piece = split_piece(extent, index, batch, num_splits, plan.num_warps, lane)
-        elif cutlass.const_expr(self.problem.packed_q):
-            piece = find_piece(extent, index, batch, Int32(WHOLE), lane)
+        if cutlass.const_expr(self.problem.split or self.problem.packed_q):
+            piece = find_piece(extent, cut, index, batch, lane)
         else:
             m_blocks = cute.ceil_div(mQ.shape[1] * heads.per_kv, plan.tile_m)
             owner = divide(index, m_blocks)
