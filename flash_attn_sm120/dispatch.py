@@ -79,21 +79,25 @@ FORWARD_TMA_TILES = (
 DECODE_TILES = (
     TileRow(64, 64, tile_m=16, tile_n=32, num_warps=4, stages=3, blocks_per_sm=2),
     TileRow(128, 128, tile_m=16, tile_n=16, num_warps=4, stages=3, blocks_per_sm=2),
+    TileRow(192, 192, tile_m=16, tile_n=16, num_warps=4, stages=4, blocks_per_sm=1),
     TileRow(256, 256, tile_m=16, tile_n=16, num_warps=4, stages=3, blocks_per_sm=1),
 )
 DECODE_SPLIT_TILES = (
     TileRow(64, 64, tile_m=16, tile_n=32, num_warps=8, stages=3, blocks_per_sm=1),
     TileRow(128, 128, tile_m=16, tile_n=32, num_warps=4, stages=3, blocks_per_sm=1),
+    TileRow(192, 192, tile_m=16, tile_n=16, num_warps=4, stages=4, blocks_per_sm=1),
     TileRow(256, 256, tile_m=16, tile_n=16, num_warps=4, stages=3, blocks_per_sm=1),
 )
 DECODE_FP8_TILES = (
     TileRow(64, 64, tile_m=16, tile_n=32, num_warps=4, stages=5, blocks_per_sm=2),
     TileRow(128, 128, tile_m=16, tile_n=32, num_warps=4, stages=3, blocks_per_sm=2),
+    TileRow(192, 192, tile_m=16, tile_n=32, num_warps=4, stages=3, blocks_per_sm=1),
     TileRow(256, 256, tile_m=16, tile_n=16, num_warps=4, stages=3, blocks_per_sm=1),
 )
 DECODE_FP8_SPLIT_TILES = (
     TileRow(64, 64, tile_m=16, tile_n=32, num_warps=8, stages=5, blocks_per_sm=1),
     TileRow(128, 128, tile_m=16, tile_n=32, num_warps=8, stages=3, blocks_per_sm=1),
+    TileRow(192, 192, tile_m=16, tile_n=32, num_warps=4, stages=3, blocks_per_sm=1),
     TileRow(256, 256, tile_m=16, tile_n=16, num_warps=4, stages=3, blocks_per_sm=1),
 )
 TILES = {"forward": FORWARD_TILES, "forward_tma": FORWARD_TMA_TILES}

@@ -14,12 +14,13 @@ MIN_CHAINS = 4  # of products that wait for one another, so that mma.sync's late
 
 
 class ScoreSum:
-    """Accumulators of S = Q K^T whose k steps are dealt out to several chains where the tile alone has few."""
+    """Accumulators of S = Q K^T whose k steps are dealt out to several chains where the tile alone has few, and registers
+    are left for them."""
 
-    def __init__(self, tSrS: cute.Tensor):
+    def __init__(self, tSrS: cute.Tensor, k_steps: int):
         self.tSrS = tSrS
         self.m_frags, self.n_frags, _ = tSrS.shape
-        self.chains = -(-MIN_CHAINS // (self.m_frags * self.n_frags))
+        self.chains = -(-MIN_CHAINS // (self.m_frags * self.n_frags)) if k_steps <= 12 else 1
         zeros = [Float32(0.0)] * 4
         self.acc = [
             [[list(zeros) for _ in range(self.n_frags)] for _ in range(self.m_frags)] for _ in range(self.chains)
@@ -74,7 +75,7 @@ class Keys16:
     def scores(self, tSrQ: list, shared: Int32, tSrS: cute.Tensor) -> None:
         """tSrS = Q K^T"""
         sK = self.config.layout_k.matrix(shared, self.lane, rows_first=False)
-        total = ScoreSum(tSrS)
+        total = ScoreSum(tSrS, len(tSrQ))
         for k, step in enumerate(tSrQ):
             for n in range(0, total.n_frags, 2):
                 tSrK = sK.load(8 * n, 16 * k)

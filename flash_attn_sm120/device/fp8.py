@@ -114,7 +114,7 @@ class Keys8:
         """tSrS = Q K^T"""
         layout = self.config.layout_k
         units = self._units(layout)
-        total = ScoreSum(tSrS)
+        total = ScoreSum(tSrS, len(tSrQ))
         k = 0
         for chunk in range(layout.chunks):
             for unit in range(units):

@@ -41,7 +41,7 @@ class Merge:
         self.notes = shared + config.memory.notes_offset
         self.row_bytes = config.memory.staged_row_bytes
         self.own_rows = config.plan.tile_m // 8
-        self.parts_at_once = LOADS_AT_ONCE // (-(-config.problem.head_dim_v // 128)) ** 2
+        self.parts_at_once = LOADS_AT_ONCE // -(-config.problem.head_dim_v // 128)
         self.lses = cute.make_rmem_tensor((self.own_rows,), Float32)
 
     @cute.jit

@@ -131,7 +131,8 @@ class FlashAttentionCombine:
             total = [tree_reduce([part[i] for part in parts], operator.add) for i in range(4)]
             self.store(mO, self.place(mO.stride, batch, token, head) + Int64(col), total)
         if cutlass.const_expr(mLSE is not None):
-            if (warp == 0) & (lane == 0):
+            is_writer = (warp == 0) & (lane == 0)
+            if is_writer:
                 where = mLSE.iterator + self.place(mLSE.stride, batch, head, token)
                 cute.make_tensor(where, cute.make_layout(1))[0] = lse
 
