@@ -148,7 +148,9 @@ def decode_memory(problem: AttentionProblem, tile_m: int, tile_n: int, num_warps
     staged_row_bytes = (columns_out + 8) * 4  # eight rows fall in different banks
     tile_bytes = ELEMENT_BYTES * tile_n * max(columns_k, columns_v)
     q_offset = max(stages * tile_bytes, tile_m * staged_row_bytes)
-    q_steps = 12 if problem.kv_dtype and max(problem.head_dim, problem.head_dim_v) > 192 else 0
+    q_steps = 0
+    if max(problem.head_dim, problem.head_dim_v) > 192:
+        q_steps = 12 if problem.kv_dtype else 1
     ring_bytes = q_offset + q_steps * tile_m * 32
     notes = num_warps * ring_bytes
     note = notes + num_warps * tile_m * 8

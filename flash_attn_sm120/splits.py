@@ -1,6 +1,6 @@
 """Into how many parts a decode is cut: from sizes that the host knows, without a look at the GPU's memory.
 
-How many parts a sequence really has is decided on the device, by its length among those of the batch (device/pieces.py).
+How many parts a sequence really has is decided on the device, by its share of the batch's keys (device/pieces.py).
 """
 
 from __future__ import annotations
@@ -35,9 +35,10 @@ def choose_splits(
     max_seqlen_k: int,
     num_splits: int = 0,
 ) -> Splits:
-    """problem: a decode, split or not. sms: multiprocessors. q_shape: (batch, seqlen_q, heads, d) or (total_q, heads, d).
-    max_seqlen_q, max_seqlen_k: upper bounds, of keys in pages the table's width times page_size. num_splits: 0 to choose,
-    1 for no split, n for up to n parts of every sequence; at most MAX_SPLITS count.
+    """problem: a decode, split or not. sms: multiprocessors. q_shape: (batch, seqlen_q, heads, d), (total_q, heads, d).
+
+    max_seqlen_q, max_seqlen_k: upper bounds, of keys in pages the table's width times page_size. num_splits: 0 to
+    choose, 1 for no split, n for up to n parts of every sequence; at most MAX_SPLITS count.
     """
     whole, cut = (plan_for("decode", replace(problem, split=split)) for split in (False, True))
     heads_per_kv = q_shape[-2] // heads_kv

@@ -8,14 +8,14 @@ from __future__ import annotations
 from cutlass import Float32, Int32, Int64, cute
 
 from flash_attn_sm120.device.gemm import pv_product
-from flash_attn_sm120.device.ptx import load_global_b32, mma_m16n8k16
+from flash_attn_sm120.device.ptx import load_global_b32, load_shared_v4, mma_m16n8k16, store_shared_v4
 
 MIN_CHAINS = 4  # of products that wait for one another, so that mma.sync's latency overlaps
 
 
 class ScoreSum:
-    """Accumulators of S = Q K^T whose k steps are dealt out to several chains where the tile alone has few, and registers
-    are left for them."""
+    """Accumulators of S = Q K^T. The k steps are dealt out to several chains where the tile alone has few and registers
+    are left."""
 
     def __init__(self, tSrS: cute.Tensor, k_steps: int):
         self.tSrS = tSrS
@@ -42,11 +42,38 @@ class ScoreSum:
                     self.tSrS[m, n, i] = total
 
 
-class Keys16:
+class HeldQ:
+    """Q as A operands: in registers, but for the first k steps where those would be too few.
+
+    shared: where the lanes keep these, each its own.
+    """
+
+    def __init__(self, config, lane: Int32, shared: Int32):
+        self.q_steps, self.shared_q = config.memory.q_steps, shared + lane * 16
+
+    def keep(self, tSrQ: list) -> list:
+        """tSrQ [k step][m] -> A operand; what take wants."""
+        kept = min(self.q_steps, len(tSrQ))
+        for k, step in enumerate(tSrQ[:kept]):
+            for m, fragment in enumerate(step):
+                store_shared_v4(self._place(k, m, len(step)), fragment)
+        return [None] * kept + tSrQ[kept:]
+
+    def take(self, tSrQ: list, k: int, m_frags: int) -> list:
+        """[m] -> A operand of k step k."""
+        if tSrQ[k] is not None:
+            return tSrQ[k]
+        return [load_shared_v4(self._place(k, m, m_frags)) for m in range(m_frags)]
+
+    def _place(self, k: int, m: int, m_frags: int) -> Int32:
+        return self.shared_q + (k * m_frags + m) * 512
+
+
+class Keys16(HeldQ):
     """K and V of 16 bits, the dtype of q."""
 
     def __init__(self, config, lane: Int32, shared: Int32):
-        assert config.memory.q_steps == 0
+        super().__init__(config, lane, shared)
         self.config, self.lane, self.dtype = config, lane, config.dtype
         self.quad = lane % 4
 
@@ -70,13 +97,14 @@ class Keys16:
 
     def prepare_q(self, tSrQ: list) -> list:
         """What load_q gave, as scores takes it; this is where its loads are waited for."""
-        return tSrQ
+        return self.keep(tSrQ)
 
     def scores(self, tSrQ: list, shared: Int32, tSrS: cute.Tensor) -> None:
         """tSrS = Q K^T"""
         sK = self.config.layout_k.matrix(shared, self.lane, rows_first=False)
         total = ScoreSum(tSrS, len(tSrQ))
-        for k, step in enumerate(tSrQ):
+        for k in range(len(tSrQ)):
+            step = self.take(tSrQ, k, total.m_frags)
             for n in range(0, total.n_frags, 2):
                 tSrK = sK.load(8 * n, 16 * k)
                 for half in range(2):

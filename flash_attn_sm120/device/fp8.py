@@ -12,7 +12,7 @@ from __future__ import annotations
 import cutlass
 from cutlass import Float32, Int32, Int64, cute
 
-from flash_attn_sm120.device.decode_gemm import ScoreSum
+from flash_attn_sm120.device.decode_gemm import HeldQ, ScoreSum
 from flash_attn_sm120.device.ptx import (
     byte_permute,
     fp8_to_f16,
@@ -21,7 +21,6 @@ from flash_attn_sm120.device.ptx import (
     load_shared_v4,
     mma_m16n8k16,
     pack_pair,
-    store_shared_v4,
 )
 from flash_attn_sm120.device.softmax import quad_reduce
 
@@ -30,14 +29,11 @@ TOP_EXPONENT = 14  # of the largest element of a row of Q in f16; its own larges
 PAIRS_LOW, PAIRS_HIGH = 0x5140, 0x7362  # bytes 0 and 1, or 2 and 3, of two words in turn
 
 
-class Keys8:
-    """K and V of 8 bits. layouts: of 16-bit elements, two columns each; chunks of 128 or 64 bytes.
-
-    shared: where the lanes keep the k steps of Q that registers don't hold, each its own.
-    """
+class Keys8(HeldQ):
+    """K and V of 8 bits. layouts: of 16-bit elements, two columns each; chunks of 128 or 64 bytes."""
 
     def __init__(self, config, lane: Int32, shared: Int32):
-        self.shared_q = shared + lane * 16
+        super().__init__(config, lane, shared)
         self.config, self.lane, self.kind = config, lane, KINDS[config.problem.kv_dtype]
         self.group, self.quad = lane // 4, lane % 4
         self.scales = None
@@ -68,19 +64,7 @@ class Keys8:
             [[step[2 * m + half][right] for right in range(2) for half in range(2)] for m in range(rows // 2)]
             for step in words
         ]
-        kept = self.config.memory.q_steps
-        for k, step in enumerate(tSrQ[:kept]):
-            for m, fragment in enumerate(step):
-                store_shared_v4(self._q_place(k, m, len(step)), fragment)
-        return [None] * kept + tSrQ[kept:]
-
-    def _q_place(self, k: int, m: int, m_frags: int) -> Int32:
-        return self.shared_q + (k * m_frags + m) * 512
-
-    def _q_step(self, tSrQ: list, k: int, m_frags: int) -> list:
-        if tSrQ[k] is not None:
-            return tSrQ[k]
-        return [load_shared_v4(self._q_place(k, m, m_frags)) for m in range(m_frags)]
+        return self.keep(tSrQ)
 
     def _pairs(self, row: Int64, col: Int32, head_dim: int) -> list[Int32]:
         """Columns col to col + 3 of a row of Q; head_dim is a multiple of 16."""
@@ -122,7 +106,7 @@ class Keys8:
                 place = shared + layout.unit_offset(self.group, self.quad * units + unit) + chunk * layout.chunk_bytes
                 keys = [load_shared_v4(place + 8 * n * layout.row_bytes) for n in range(total.n_frags)]
                 for word in range(4):
-                    step = self._q_step(tSrQ, k, total.m_frags)
+                    step = self.take(tSrQ, k, total.m_frags)
                     for n in range(total.n_frags):
                         total.add(k, n, step, fp8_to_f16(keys[n][word], self.kind), "f16")
                     k += 1

@@ -151,7 +151,7 @@ class FlashAttentionCombine:
     def add_group(
         self, sums, address: Int64, step: Int64, first: Int32, weights: Float32, columns: LaneColumns
     ) -> None:
-        """Adds every WARPS-th of 32 parts, of which `first` is the warp's first; all are loaded before the first sum."""
+        """Adds every WARPS-th of 32 parts, from the warp's `first` on; all are loaded before the first sum."""
         own = [cute.arch.shuffle_sync(weights, (first + i) % 32) for i in range(0, 32, WARPS)]
         loaded = []
         for i, weight in enumerate(own):

@@ -63,8 +63,8 @@ class FlashAttentionDecodeSm80:
         partials: Partials | None,
         stream,
     ):
-        """q, out (batch, seqlen_q, heads, d) or (total_q, heads, d); k, v as key_sequence takes them; lse (batch, heads,
-        seqlen_q) or (heads, total_q). `stream` stays last."""
+        """q, out (batch, seqlen_q, heads, d) or (total_q, heads, d); k, v as key_sequence takes them; lse (batch,
+        heads, seqlen_q) or (heads, total_q). `stream` stays last."""
         problem, plan = self.problem, self.plan
         heads_kv = mK.shape[-2]
         heads_per_kv = mQ.shape[-2] // heads_kv
