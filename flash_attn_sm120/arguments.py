@@ -61,7 +61,8 @@ class Partials(NamedTuple):
 
     out: Any  # (num_splits, *q.shape[:-1], head_dim_v) float32
     lse: Any  # (num_splits, *shape of lse) float32
-    tickets: Any  # (at least splits.tickets(...),) int32
+    tickets: Any  # (at least Splits.tickets,) int32
+    slots: Any  # parts, for each of their m_blocks, that all sequences make if they are cut evenly
 
 
 class CombineArguments(NamedTuple):

@@ -57,6 +57,7 @@ class Call(NamedTuple):
     num_splits: int = 0  # 1 or more for a decode launcher
     lse_rows: tuple[int, ...] = ()  # shape that lse has, asked for or not
     tickets: int = 0  # of a split launch
+    slots: int = 0  # likewise
 
 
 known: dict[tuple, Any] = {}

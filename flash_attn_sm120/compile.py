@@ -13,11 +13,18 @@ from cutlass.cute.runtime import make_fake_stream, make_fake_tensor
 
 from flash_attn_sm120.arguments import Arguments, CombineArguments, Lengths, Modifiers, Numbers, Partials
 from flash_attn_sm120.dispatch import Plan, choose
+from flash_attn_sm120.kernels.combine import FlashAttentionCombine
+from flash_attn_sm120.kernels.decode import FlashAttentionDecodeSm120
 from flash_attn_sm120.kernels.forward import FlashAttentionForwardSm120
 from flash_attn_sm120.kernels.forward_tma import FlashAttentionForwardSm120Tma
 from flash_attn_sm120.problem import AttentionProblem, CombineProblem
 
-KERNELS = {"forward": FlashAttentionForwardSm120, "forward_tma": FlashAttentionForwardSm120Tma}
+KERNELS = {
+    "forward": FlashAttentionForwardSm120,
+    "forward_tma": FlashAttentionForwardSm120Tma,
+    "decode": FlashAttentionDecodeSm120,
+    "combine": FlashAttentionCombine,
+}
 DTYPES = {
     "bfloat16": cutlass.BFloat16,
     "float16": cutlass.Float16,
@@ -86,7 +93,7 @@ def _signature(problem: AttentionProblem) -> tuple:
         return arguments
     if not problem.split:
         return (*arguments, None)
-    return (*arguments, Partials(_matrix(Float32, rank_q + 1), _rows(Float32, rank_q), _rows(Int32, 1)))
+    return (*arguments, Partials(_matrix(Float32, rank_q + 1), _rows(Float32, rank_q), _rows(Int32, 1), Int32(0)))
 
 
 def _combine_signature(problem: CombineProblem) -> tuple:

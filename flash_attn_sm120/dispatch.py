@@ -7,7 +7,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from flash_attn_sm120.problem import MASKS, AttentionProblem, CombineProblem, padded
+from flash_attn_sm120.decode_plan import decode_memory, decode_row
+from flash_attn_sm120.problem import DTYPES, FP8_DTYPES, MASKS, AttentionProblem, CombineProblem, padded
 
 ELEMENT_BYTES = 2
 BARRIER_BYTES = 64  # mbarriers, behind the note
@@ -21,8 +22,8 @@ class Plan:
 
     num_warps: those that multiply; loading_warps: those that only load. loading_registers, matrix_registers: what a
     thread of each has once they have changed hands, 0 where the chip can't. blocks_per_sm: thread blocks that an SM of
-    SM120 is to hold at a time, within the limits of occupancy.py.
-    smem_bytes: dynamic shared memory of a block.
+    SM120 is to hold at a time, within the limits of occupancy.py. stages: granules of keys that a
+    decode's warp has in flight. smem_bytes: dynamic shared memory of a block.
     """
 
     kernel: str
@@ -35,6 +36,7 @@ class Plan:
     loading_warps: int = 4  # one of them works; registers change hands between groups of four
     loading_registers: int = 0
     matrix_registers: int = 0
+    stages: int = 1
 
     @property
     def hands_over_registers(self) -> bool:
@@ -110,6 +112,8 @@ SERVING = ("paged", "kv_dtype", "k_descale", "v_descale", "sink", "alibi", "chun
 EXCLUDED = {
     "forward": (*SERVING, *SPARSE, "decode", "split"),
     "forward_tma": ("varlen", *SERVING, *SPARSE, "decode", "split"),
+    "decode": SPARSE,
+    "combine": ("seqused", "sink"),
 }
 # What callers call them, and the value that doesn't ask for them.
 ARGUMENTS = {
@@ -166,6 +170,11 @@ def compute_capability(arch: str) -> int:
 
 def plan_for(kernel: str, problem: AttentionProblem, arch: str = "sm_120a") -> Plan:
     """The kernel's plan, whether or not the dispatcher would take it."""
+    if kernel == "decode":
+        row = decode_row(problem)
+        size = decode_memory(problem, row.tile_m, row.tile_n, row.num_warps, row.stages).bytes
+        tile = (row.tile_m, row.tile_n, row.num_warps, row.blocks_per_sm)
+        return Plan(kernel, *tile, size, loading_warps=0, stages=row.stages)
     row = next(row for row in TILES[kernel] if row.serves(problem))
     plan = Plan(
         kernel, row.tile_m, row.tile_n, row.num_warps, row.blocks_per_sm, smem_bytes(problem, row), row.q_in_registers
@@ -211,4 +220,32 @@ def variants() -> list[AttentionProblem]:
     problems.append(AttentionProblem("bfloat16", 40, 72, mask="causal", lse=True))
     problems.append(AttentionProblem("float16", 8, 256, lse=True))
     problems.append(AttentionProblem("float16", 32, 192, mask="causal", lse=True))
+    return list(dict.fromkeys(problems))
+
+
+def decode_variants() -> list[AttentionProblem]:
+    """variants() of the decode kernel, whole and split: launched with partials, they have no place in variants()."""
+    paged = {"page_size": 16, "seqused_k": True}
+    shapes = [("bfloat16", d, dv, {**paged, "mask": "causal", "lse": True}) for d, dv in HEAD_DIMS]
+    plain = [
+        {},
+        {"packed_q": True, "packed_k": True, "mask": "causal"},
+        {"seqused_k": True, "mask": "local", "softcap": True},
+        {"packed_q": True, "seqused_q": True, **paged, "mask": "local", "lse": True},
+        {**paged, "page_size": 8, "sink": "float32", "mask": "causal"},
+        {**paged, "page_size": 784, "sink": "bfloat16", "alibi": True, "lse": True},
+        {**paged, "mask": "causal", "chunked": True},
+        {**paged, "mask": "causal", "context_parallel": True, "lse": True},
+    ]
+    shapes += [("float16", 128, 128, options) for options in plain]
+    scales = {"k_descale": True, "v_descale": True}
+    for kv_dtype in FP8_DTYPES:
+        options = {**paged, **scales, "kv_dtype": kv_dtype, "mask": "causal", "lse": True}
+        shapes += [(dtype, d, d, options) for dtype in DTYPES for d in (64, 128, 256)]
+    shapes.append(("bfloat16", 192, 128, {**paged, "kv_dtype": FP8_DTYPES[0], "mask": "local", "softcap": True}))
+    problems = [
+        AttentionProblem(dtype, d, dv, decode=True, split=split, **options)
+        for dtype, d, dv, options in shapes
+        for split in (False, True)
+    ]
     return list(dict.fromkeys(problems))

@@ -7,11 +7,12 @@ from dataclasses import replace
 
 import torch
 
-from flash_attn_sm120 import checks, checks_serving, dispatch, launchers, splits
+from flash_attn_sm120 import checks, checks_serving, dispatch, launchers
 from flash_attn_sm120.arguments import Numbers
 from flash_attn_sm120.calls import Call, Options, Tensors
 from flash_attn_sm120.modifiers import constant_way, nothing, way_of
 from flash_attn_sm120.problem import AttentionProblem, CombineProblem
+from flash_attn_sm120.splits import Splits, choose_splits
 from flash_attn_sm120.strides import has_tma_strides, has_whole_strides, reach
 
 
@@ -23,7 +24,7 @@ def prepare(
     mask, numbers, v_scale = _check_options(q, k, tensors, options, batch)
     num_splits = checks_serving.check_num_splits(options.num_splits)
     problem = _problem(q, k, v, tensors, options.return_lse, mask, numbers, v_scale)
-    problem, num_splits = _with_decode(problem, num_splits, q, k, tensors, options, numbers, batch)
+    problem, cut = _with_decode(problem, num_splits, q, k, tensors, options, numbers, batch)
     if not (problem.varlen or problem.paged or problem.decode):  # strides choose between kernels for dense calls only
         problem = replace(problem, tma_strides=all(map(has_tma_strides, (q, k, v))))
     refuse_missing(problem)
@@ -47,9 +48,10 @@ def prepare(
         device_index=q.device.index if q.is_cuda else None,
         modifiers=_modifiers(tensors, v_scale, (batch, heads), (batch, heads_kv), q.device),
         context_parallel=problem.context_parallel,
-        num_splits=num_splits if problem.decode else 0,
+        num_splits=cut.num_splits if problem.decode else 0,
         lse_rows=lse_shape,
-        tickets=_tickets(problem, q, heads_kv, batch),
+        tickets=cut.tickets,
+        slots=cut.slots,
     )
 
 
@@ -160,42 +162,27 @@ def _with_decode(
     options: Options,
     numbers: Numbers,
     batch: int,
-) -> tuple[AttentionProblem, int]:
-    """The decode kernel's problem where that is to be taken, and its parts (1: whole); else the problem as it is."""
+) -> tuple[AttentionProblem, Splits]:
+    """The decode kernel's problem where that is to be taken, and its parts; else the problem as it is."""
     rows = options.max_seqlen_q if problem.packed_q else q.shape[1]
     if not dispatch.use_decode(rows, num_splits):
-        return problem, 1
+        return problem, Splits(1)
     decode = replace(problem, decode=True)
-    split = replace(decode, split=True)
     if num_splits > 1:
-        refuse_missing(split)
-        return split, num_splits
-    if dispatch.missing(decode):
-        return problem, 1
-    if num_splits == 0 and not dispatch.missing(split):
-        keys = keys_in_sight(_most_keys(k, tensors, options), rows, numbers)
-        num_splits = choose_splits(decode, batch, q.shape[-2], k.shape[-2], rows, keys, q.device)
-    return (split, num_splits) if num_splits > 1 else (decode, 1)
-
-
-def choose_splits(
-    problem: AttentionProblem, batch: int, heads: int, heads_kv: int, rows: int, keys: int, device: torch.device
-) -> int:
-    """The number of parts for the decode kernel's problem, whose `rows` query tokens see `keys` keys at most."""
-    plan = dispatch.plan_for("decode", problem)
-    return splits.num_splits(plan, launchers.sm_count(device), batch, heads_kv, rows * heads // heads_kv, keys)
+        refuse_missing(replace(decode, split=True))
+    elif dispatch.missing(decode):
+        return problem, Splits(1)
+    rows = q.shape[0] if rows is None else rows
+    keys = keys_in_sight(_most_keys(k, tensors, options), rows, numbers)
+    sms = launchers.sm_count(q.device)
+    cut = choose_splits(decode, sms, tuple(q.shape), k.shape[-2], batch, rows, keys, num_splits)
+    return replace(decode, split=cut.num_splits > 1), cut
 
 
 def keys_in_sight(keys: int, rows: int, numbers: Numbers) -> int:
     """An upper bound of the keys that `rows` neighbouring rows see together."""
     sight, chunk = min(keys, rows + numbers.window_left + numbers.window_right), numbers.attention_chunk
     return min(sight, chunk * (-(-rows // chunk) + 1)) if chunk else sight
-
-
-def _tickets(problem: AttentionProblem, q: torch.Tensor, heads_kv: int, batch: int) -> int:
-    if not problem.split:
-        return 0
-    return splits.tickets(dispatch.plan_for("decode", problem), heads_kv, q.shape[-2], q.shape, batch)
 
 
 def refuse_missing(problem: AttentionProblem | CombineProblem) -> None:

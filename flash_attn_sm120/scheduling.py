@@ -7,10 +7,11 @@ from typing import Any
 
 import torch
 
-from flash_attn_sm120 import checks, checks_serving, dispatch
+from flash_attn_sm120 import checks, checks_serving, dispatch, launchers
 from flash_attn_sm120.arguments import Numbers
-from flash_attn_sm120.prepare import choose_splits, keys_in_sight
+from flash_attn_sm120.prepare import keys_in_sight
 from flash_attn_sm120.problem import AttentionProblem
+from flash_attn_sm120.splits import choose_splits
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,8 +73,9 @@ def get_scheduler_metadata(
     chunk = checks_serving.check_attention_chunk(attention_chunk)
     numbers = Numbers(window_left=left, window_right=right, attention_chunk=chunk)
     keys = keys_in_sight(max_seqlen_k, max_seqlen_q, numbers)
-    heads = (num_heads_q, num_heads_kv)
-    return SchedulerMetadata(choose_splits(problem, batch_size, *heads, max_seqlen_q, keys, cache_seqlens.device))
+    sms, q_shape = launchers.sm_count(cache_seqlens.device), (batch_size, max_seqlen_q, num_heads_q, headdim)
+    cut = choose_splits(problem, sms, q_shape, num_heads_kv, batch_size, max_seqlen_q, keys)
+    return SchedulerMetadata(cut.num_splits)
 
 
 def splits_of(metadata: Any, num_splits: Any) -> int:

@@ -1,24 +1,62 @@
-"""Into how many parts the keys of a decode call are cut at most, each the work of other thread blocks. Pure Python."""
+"""Into how many parts a decode is cut: from sizes that the host knows, without a look at the GPU's memory.
+
+How many parts a sequence really has is decided on the device, by its share of the batch's keys (device/pieces.py).
+"""
 
 from __future__ import annotations
 
-from flash_attn_sm120.dispatch import MAX_SPLITS, Plan
+from dataclasses import dataclass, replace
 
-MIN_KEYS = 256  # of a part; below, combining costs more than it gains
+from flash_attn_sm120.dispatch import MAX_SPLITS, plan_for
+from flash_attn_sm120.problem import AttentionProblem
+
+KEYS_WORTH_A_SPLIT = 256  # fewer keys are read sooner than their parts are combined
+FULL_WAVES = 0.9  # share of the slots of whole waves of blocks, from which on whole sequences keep the GPU busy
+MANY_WAVES = 4  # the last of which matters little
 
 
-def num_splits(plan: Plan, sms: int, batch: int, heads_kv: int, rows: int, max_seqlen_k: int) -> int:
-    """The size of the first dimension of the partials, as many as fill the GPU; 1: whole.
+@dataclass(frozen=True, slots=True)
+class Splits:
+    """num_splits: the most parts of a sequence, the first dimension of the partials; 1: launch without partials.
+    slots: arguments.Partials.slots. tickets: the size of arguments.Partials.tickets."""
 
-    rows: of a sequence and KV head, max_seqlen_q * heads // heads_kv. max_seqlen_k: an upper bound.
+    num_splits: int
+    slots: int = 0
+    tickets: int = 0
+
+
+def choose_splits(
+    problem: AttentionProblem,
+    sms: int,
+    q_shape: tuple[int, ...],
+    heads_kv: int,
+    batch: int,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+    num_splits: int = 0,
+) -> Splits:
+    """problem: a decode, split or not. sms: multiprocessors. q_shape: (batch, seqlen_q, heads, d), (total_q, heads, d).
+
+    max_seqlen_q, max_seqlen_k: upper bounds, of keys in pages the table's width times page_size. num_splits: 0 to
+    choose, 1 for no split, n for up to n parts of every sequence; at most MAX_SPLITS count.
     """
-    blocks = max(1, batch * heads_kv * -(-rows // plan.tile_m))
-    return max(1, min(sms * plan.blocks_per_sm // blocks, -(-max_seqlen_k // MIN_KEYS), MAX_SPLITS))
-
-
-def tickets(plan: Plan, heads_kv: int, heads: int, q_shape: tuple[int, ...], batch: int) -> int:
-    """How many tickets a launch counts with. q_shape: (batch, seqlen_q, heads, d) or (total_q, heads, d)."""
-    heads_per_kv = heads // heads_kv
+    whole, cut = (plan_for("decode", replace(problem, split=split)) for split in (False, True))
+    heads_per_kv = q_shape[-2] // heads_kv
+    m_blocks = -(-max_seqlen_q * heads_per_kv // cut.tile_m)
+    tiles = m_blocks * batch
     if len(q_shape) == 3:
-        return (q_shape[0] * heads_per_kv // plan.tile_m + batch) * heads_kv
-    return batch * -(-q_shape[1] * heads_per_kv // plan.tile_m) * heads_kv
+        tiles = q_shape[0] * heads_per_kv // cut.tile_m + batch
+    if num_splits == 0:
+        blocks, resident = heads_kv * m_blocks * batch, sms * whole.blocks_per_sm
+        waves = -(-blocks // resident)
+        busy = waves > MANY_WAVES or blocks >= FULL_WAVES * waves * resident
+        slots = sms * cut.blocks_per_sm // heads_kv
+        if max_seqlen_k > KEYS_WORTH_A_SPLIT and not busy:
+            longest = -(-max_seqlen_k // (cut.tile_n * cut.num_warps))
+            num_splits = min(-(-slots // max(m_blocks, 1)), longest)
+    else:
+        slots = num_splits * tiles
+    num_splits = min(num_splits, MAX_SPLITS)
+    if num_splits <= 1:
+        return Splits(1)
+    return Splits(num_splits, slots, tiles * heads_kv * cut.tile_m)

@@ -9,11 +9,11 @@ from flash_attn_sm120.calls import Call
 _tickets: dict[tuple[int, int], torch.Tensor] = {}  # of a device and stream, whose launches follow one another
 
 
-def partials(q: torch.Tensor, call: Call) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def partials(q: torch.Tensor, call: Call) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, int]:
     """The fields of arguments.Partials. The first two are PyTorch's allocator's to reuse."""
     out = q.new_empty((call.num_splits, *call.out_shape), dtype=torch.float32)
     lse = q.new_empty((call.num_splits, *call.lse_rows), dtype=torch.float32)
-    return out, lse, tickets(call.tickets, q.device)
+    return out, lse, tickets(call.tickets, q.device), call.slots
 
 
 def tickets(count: int, device: torch.device) -> torch.Tensor:

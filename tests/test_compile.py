@@ -10,7 +10,8 @@ from oracle import variant_name
 
 from flash_attn_sm120 import compile as compiler
 from flash_attn_sm120 import cubin
-from flash_attn_sm120.dispatch import choose, variants
+from flash_attn_sm120.dispatch import choose, decode_memory, decode_variants, variants
+from flash_attn_sm120.kernels.combine import CombineProblem
 from flash_attn_sm120.occupancy import RESERVED_BYTES, occupancy
 from flash_attn_sm120.problem import AttentionProblem, padded
 from flash_attn_sm120.static_model import predict
@@ -32,6 +33,28 @@ def test_variant_has_no_stack_and_two_matrix_warps_a_sub_partition(problem, arch
     assert prediction.hmma == plan.tile_m // plan.num_warps * plan.tile_n * columns // (16 * 8 * 16)
     if problem.head_dim == problem.head_dim_v == 128 and plan.kernel == "forward_tma" and not problem.softcap:
         assert min(prediction.percent.values()) >= 90
+
+
+@pytest.mark.parametrize("arch", ["sm_120a", "sm_121a"])
+@pytest.mark.parametrize("problem", decode_variants(), ids=str)
+def test_decode_has_no_stack_and_enough_in_flight(problem, arch):
+    """A decode waits for memory: an SM holds the tiles in flight that the plan counts on, 24 KB and more."""
+    plan = choose(problem, arch)
+    (kernel,) = cubin.read(compiler.build(problem, plan, arch, keep=True).__cubin__)
+    assert kernel.stack_bytes == 0
+    assert kernel.shared_bytes == RESERVED_BYTES
+    held = occupancy(kernel.registers, plan.num_warps, plan.smem_bytes)
+    assert held.blocks >= plan.blocks_per_sm
+    memory = decode_memory(problem, plan.tile_m, plan.tile_n, plan.num_warps, plan.stages)
+    tile_bytes = 2 * plan.tile_n * min(memory.columns_k, memory.columns_v)
+    assert plan.blocks_per_sm * plan.num_warps * (plan.stages - 1) * tile_bytes >= 24 << 10
+
+
+@pytest.mark.parametrize("arch", ["sm_120a", "sm_121a"])
+@pytest.mark.parametrize("head_dim_v", [64, 128, 256])
+def test_combine_has_no_stack(head_dim_v, arch):
+    (kernel,) = cubin.read(compiler.build_combine(CombineProblem("bfloat16", head_dim_v), arch, keep=True).__cubin__)
+    assert kernel.stack_bytes == 0
 
 
 def test_a_problem_is_compiled_once_however_many_threads_ask(monkeypatch):

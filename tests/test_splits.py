@@ -1,56 +1,53 @@
-"""The rules for splits are plain arithmetic."""
+"""How many parts the host asks for."""
 
-import itertools
-import subprocess
-import sys
+from dataclasses import replace
 
 import pytest
 
-from flash_attn_sm120.arguments import Numbers
-from flash_attn_sm120.checks import UNBOUNDED
-from flash_attn_sm120.dispatch import MAX_SPLITS, Plan
-from flash_attn_sm120.prepare import keys_in_sight
-from flash_attn_sm120.splits import num_splits, tickets
+from flash_attn_sm120.dispatch import MAX_SPLITS, choose, decode_variants
+from flash_attn_sm120.problem import AttentionProblem
+from flash_attn_sm120.splits import Splits, choose_splits
 
-PLAN = Plan("decode", 16, 32, 4, 3, 2, 49152)
-
-
-def test_the_number_of_splits_is_in_bounds():
-    for sizes in itertools.product((1, 48, 188), (0, 1, 7, 300), (1, 8), (1, 5), (0, 1, 300, 8192, 1 << 20)):
-        assert 1 <= num_splits(PLAN, *sizes) <= MAX_SPLITS, sizes
+PROBLEM = AttentionProblem("bfloat16", 128, 128, decode=True)
+SMS = 132
 
 
-def test_a_batch_of_one_is_split_and_a_full_gpu_is_not():
-    assert num_splits(PLAN, 188, 1, 8, 1, 65536) > 4
-    assert num_splits(PLAN, 188, 1, 1, 1, 1) == 1
-    assert num_splits(PLAN, 188, 400, 8, 1, 4096) == 1
+def splits(batch, heads, heads_kv, seqlen_k, seqlen_q=1, num_splits=0, packed=False):
+    shape = (batch * seqlen_q, heads, 128) if packed else (batch, seqlen_q, heads, 128)
+    return choose_splits(PROBLEM, SMS, shape, heads_kv, batch, seqlen_q, seqlen_k, num_splits)
 
 
-@pytest.mark.parametrize("left, right", [(UNBOUNDED, UNBOUNDED), (UNBOUNDED, 0), (3, 0), (0, 0), (4, 2)])
-@pytest.mark.parametrize("chunk", [0, 1, 5, 64])
-def test_keys_in_sight_bounds_what_rows_see(left, right, chunk):
-    numbers = Numbers(window_left=left, window_right=right, attention_chunk=chunk)
-    for keys, rows in itertools.product((0, 1, 9, 40), (1, 2, 7)):
-        seen = set()
-        for row in range(keys - rows, keys):
-            for column in range(keys):
-                own_chunk = not chunk or column // chunk == row // chunk
-                if row - left <= column <= row + right and own_chunk:
-                    seen.add(column)
-        bound = keys_in_sight(keys, rows, numbers)
-        assert len(seen) <= bound <= keys
-        if not chunk and keys >= rows + left:
-            assert bound == len(seen) + right
+@pytest.mark.parametrize("batch, heads, heads_kv, seqlen_k", [(64, 32, 8, 4096), (64, 64, 8, 4096), (16, 32, 32, 8192)])
+def test_enough_sequences_stay_whole(batch, heads, heads_kv, seqlen_k):
+    assert splits(batch, heads, heads_kv, seqlen_k) == Splits(1)
 
 
-def test_there_is_a_ticket_for_every_tile():
-    for heads_kv, ratio, batch, rows in itertools.product((1, 3), (1, 5, 16), (1, 4), (1, 3, 40)):
-        tiles = batch * heads_kv * -(-rows * ratio // PLAN.tile_m)
-        heads = heads_kv * ratio
-        assert tickets(PLAN, heads_kv, heads, (batch, rows, heads, 64), batch) >= tiles
-        assert tickets(PLAN, heads_kv, heads, (batch * rows, heads, 64), batch) >= tiles
+@pytest.mark.parametrize("batch", [1, 2, 8])
+def test_few_sequences_fill_the_gpu_once(batch):
+    found = splits(batch, 32, 8, 8192)
+    assert found.num_splits == 16 and 8 * found.slots <= SMS < 8 * (found.slots + 1)
 
 
-def test_splits_are_pure_python():
-    code = "import sys, flash_attn_sm120.splits; sys.exit(int(bool({'torch', 'cutlass'} & set(sys.modules))))"
-    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+def test_short_sequences_stay_whole():
+    assert splits(1, 32, 8, 256).num_splits == 1
+
+
+def test_one_is_off():
+    assert splits(1, 32, 8, 65536, num_splits=1) == Splits(1)
+
+
+@pytest.mark.parametrize("num_splits", [2, 5, 1000])
+def test_a_number_is_taken_for_every_sequence(num_splits):
+    found = splits(3, 32, 8, 65536, num_splits=num_splits)
+    assert found.num_splits == min(num_splits, MAX_SPLITS) and found.slots == 3 * num_splits
+
+
+def test_every_row_has_a_ticket():
+    assert splits(3, 32, 8, 8192, seqlen_q=5).tickets == 3 * 2 * 8 * 16
+    assert splits(3, 32, 8, 8192, seqlen_q=5, packed=True).tickets == (15 * 4 // 16 + 3) * 8 * 16
+
+
+@pytest.mark.parametrize("problem", decode_variants(), ids=str)
+def test_both_plans_have_one_tile_of_rows(problem):
+    """Tickets and slots count tiles of the split plan, the decision those of the whole one."""
+    assert len({choose(replace(problem, split=split)).tile_m for split in (False, True)}) == 1

@@ -162,3 +162,138 @@ def load_shared_v4(shared: Int32, *, loc=None, ip=None) -> list[Int32]:
 def store_global_v4(glob: Int64, values: Sequence[Int32], *, loc=None, ip=None) -> None:
     operands = [Int64(glob).ir_value(loc=loc, ip=ip)] + [Int32(v).ir_value(loc=loc, ip=ip) for v in values]
     _asm(None, operands, "st.global.v4.b32 [$0], {$1, $2, $3, $4};", "l,r,r,r,r", volatile=True, loc=loc, ip=ip)
+
+
+@dsl_user_op
+def cp_async_16_at(
+    shared: Int32, glob: Int64, size: Int32, shared_offset: int = 0, offset: int = 0, *, loc=None, ip=None
+) -> None:
+    """Copies 16 bytes from glob + offset to shared + shared_offset; size 16 copies, 0 writes zeros."""
+    operands = [x.ir_value(loc=loc, ip=ip) for x in (Int32(shared), Int64(glob), Int32(size))]
+    text = f"cp.async.cg.shared.global.L2::128B [$0+{shared_offset}], [$1+{offset}], 16, $2;"
+    _asm(None, operands, text, "r,l,r", volatile=True, loc=loc, ip=ip)
+
+
+@dsl_user_op
+def load_global_b32_if(glob: Int64, enabled: Int32, *, loc=None, ip=None) -> Int32:
+    """0, and nothing read, where enabled is 0."""
+    operands = [Int64(glob).ir_value(loc=loc, ip=ip), Int32(enabled).ir_value(loc=loc, ip=ip)]
+    text = "{ .reg .pred p; setp.ne.b32 p, $2, 0; mov.b32 $0, 0; @p ld.global.b32 $0, [$1]; }"
+    return Int32(_asm(T.i32(), operands, text, "=&r,l,r", volatile=True, loc=loc, ip=ip))
+
+
+@dsl_user_op
+def prefetch_l2(glob: Int64, *, loc=None, ip=None) -> None:
+    operand = Int64(glob).ir_value(loc=loc, ip=ip)
+    _asm(None, [operand], "prefetch.global.L2 [$0];", "l", volatile=True, loc=loc, ip=ip)
+
+
+@dsl_user_op
+def load_global_b32(glob: Int64, offset: int = 0, *, loc=None, ip=None) -> Int32:
+    operand = Int64(glob).ir_value(loc=loc, ip=ip)
+    text = f"ld.global.b32 $0, [$1+{offset}];"
+    return Int32(_asm(T.i32(), [operand], text, "=r,l", volatile=True, loc=loc, ip=ip))
+
+
+@dsl_user_op
+def load_global_v4_f32_if(glob: Int64, enabled: Int32, *, loc=None, ip=None) -> list[Float32]:
+    """Four float32; zeros, and nothing read, where enabled is 0."""
+    struct = llvm.StructType.get_literal([T.f32()] * 4)
+    operands = [Int64(glob).ir_value(loc=loc, ip=ip), Int32(enabled).ir_value(loc=loc, ip=ip)]
+    zeros = " ".join(f"mov.f32 ${i}, 0f00000000;" for i in range(4))
+    text = f"{{ .reg .pred p; setp.ne.b32 p, $5, 0; {zeros} @p ld.global.v4.b32 {{$0, $1, $2, $3}}, [$4]; }}"
+    loaded = _asm(struct, operands, text, "=&f,=&f,=&f,=&f,l,r", volatile=True, loc=loc, ip=ip)
+    return _unpack(loaded, T.f32(), 4, Float32, loc, ip)
+
+
+@dsl_user_op
+def load_fresh_v4_f32(glob: Int64, *, loc=None, ip=None) -> list[Float32]:
+    """Four float32 that another block of this launch has written; the caller has seen that it has."""
+    struct = llvm.StructType.get_literal([T.f32()] * 4)
+    operand = Int64(glob).ir_value(loc=loc, ip=ip)
+    text = "ld.relaxed.gpu.global.v4.b32 {$0, $1, $2, $3}, [$4];"
+    loaded = _asm(struct, [operand], text, "=f,=f,=f,=f,l", volatile=True, loc=loc, ip=ip)
+    return _unpack(loaded, T.f32(), 4, Float32, loc, ip)
+
+
+@dsl_user_op
+def load_fresh_f32(glob: Int64, *, loc=None, ip=None) -> Float32:
+    """A float32 that another block of this launch has written; the caller has seen that it has."""
+    operand = Int64(glob).ir_value(loc=loc, ip=ip)
+    text = "ld.relaxed.gpu.global.b32 $0, [$1];"
+    return Float32(_asm(T.f32(), [operand], text, "=f,l", volatile=True, loc=loc, ip=ip))
+
+
+@dsl_user_op
+def take_ticket(glob: Int64, last: Int32, *, loc=None, ip=None) -> Int32:
+    """Counts the uint32 at glob up, from `last` on to 0 again; returns what it was. Who takes a later ticket sees what
+    was written before this one."""
+    operands = [Int64(glob).ir_value(loc=loc, ip=ip), Int32(last).ir_value(loc=loc, ip=ip)]
+    text = "atom.acq_rel.gpu.global.inc.u32 $0, [$1], $2;"
+    return Int32(_asm(T.i32(), operands, text, "=r,l,r", volatile=True, loc=loc, ip=ip))
+
+
+@dsl_user_op
+def load_shared_v2(shared: Int32, offset: int = 0, *, loc=None, ip=None) -> list[Int32]:
+    struct = llvm.StructType.get_literal([T.i32()] * 2)
+    operand = Int32(shared).ir_value(loc=loc, ip=ip)
+    text = f"ld.shared.v2.b32 {{$0, $1}}, [$2+{offset}];"
+    loaded = _asm(struct, [operand], text, "=r,=r,r", volatile=True, loc=loc, ip=ip)
+    return _unpack(loaded, T.i32(), 2, Int32, loc, ip)
+
+
+@dsl_user_op
+def load_shared_f32(shared: Int32, count: int, *, loc=None, ip=None) -> list[Float32]:
+    """`count` float32 side by side, 2 or 4."""
+    struct = llvm.StructType.get_literal([T.f32()] * count)
+    operand = Int32(shared).ir_value(loc=loc, ip=ip)
+    names = ", ".join(f"${i}" for i in range(count))
+    text = f"ld.shared.v{count}.b32 {{{names}}}, [${count}];"
+    loaded = _asm(struct, [operand], text, "=f," * count + "r", volatile=True, loc=loc, ip=ip)
+    return _unpack(loaded, T.f32(), count, Float32, loc, ip)
+
+
+@dsl_user_op
+def store_shared_v4(shared: Int32, values: Sequence[Int32], *, loc=None, ip=None) -> None:
+    operands = [Int32(shared).ir_value(loc=loc, ip=ip)] + [Int32(v).ir_value(loc=loc, ip=ip) for v in values]
+    _asm(None, operands, "st.shared.v4.b32 [$0], {$1, $2, $3, $4};", "r,r,r,r,r", volatile=True, loc=loc, ip=ip)
+
+
+@dsl_user_op
+def store_shared_f32(shared: Int32, values: Sequence[Float32], *, loc=None, ip=None) -> None:
+    """1, 2 or 4 float32 side by side."""
+    operands = [Int32(shared).ir_value(loc=loc, ip=ip)] + [Float32(v).ir_value(loc=loc, ip=ip) for v in values]
+    names = ", ".join(f"${i + 1}" for i in range(len(values)))
+    kind, group = (f".v{len(values)}", f"{{{names}}}") if len(values) > 1 else ("", names)
+    _asm(None, operands, f"st.shared{kind}.b32 [$0], {group};", "r" + ",f" * len(values), volatile=True, loc=loc, ip=ip)
+
+
+@dsl_user_op
+def store_global_v2(glob: Int64, values: Sequence[Int32], *, loc=None, ip=None) -> None:
+    operands = [Int64(glob).ir_value(loc=loc, ip=ip)] + [Int32(v).ir_value(loc=loc, ip=ip) for v in values]
+    _asm(None, operands, "st.global.v2.b32 [$0], {$1, $2};", "l,r,r", volatile=True, loc=loc, ip=ip)
+
+
+@dsl_user_op
+def store_global_v4_f32(glob: Int64, values: Sequence[Float32], *, loc=None, ip=None) -> None:
+    operands = [Int64(glob).ir_value(loc=loc, ip=ip)] + [Float32(v).ir_value(loc=loc, ip=ip) for v in values]
+    _asm(None, operands, "st.global.v4.b32 [$0], {$1, $2, $3, $4};", "l,f,f,f,f", volatile=True, loc=loc, ip=ip)
+
+
+@dsl_user_op
+def byte_permute(a: Int32, b: Int32, selector: int, *, loc=None, ip=None) -> Int32:
+    """Each nibble of the selector, from the lowest, names a byte of the result: 0 to 3 of a, 4 to 7 of b."""
+    operands = [Int32(x).ir_value(loc=loc, ip=ip) for x in (a, b)]
+    text = f"prmt.b32 $0, $1, $2, {selector};"
+    return Int32(_asm(T.i32(), operands, text, "=r,r,r", volatile=False, loc=loc, ip=ip))
+
+
+@dsl_user_op
+def fp8_to_f16(packed: Int32, kind: str, *, loc=None, ip=None) -> list[Int32]:
+    """Four fp8 values (kind "e4m3" or "e5m2") -> two packed pairs of f16, exactly; the lowest bytes first."""
+    struct = llvm.StructType.get_literal([T.i32()] * 2)
+    operand = Int32(packed).ir_value(loc=loc, ip=ip)
+    convert = f"cvt.rn.f16x2.{kind}x2"
+    text = f"{{ .reg .b16 low, high; mov.b32 {{low, high}}, $2; {convert} $0, low; {convert} $1, high; }}"
+    pairs = _asm(struct, [operand], text, "=r,=r,r", volatile=False, loc=loc, ip=ip)
+    return _unpack(pairs, T.i32(), 2, Int32, loc, ip)

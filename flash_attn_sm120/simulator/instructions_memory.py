@@ -90,9 +90,9 @@ def _resolve(m, space: str, warps, address) -> str:
     return "global" if not inside.any() else "mixed"
 
 
-def _load_words(m, space: str, warps, lanes, address, size: int) -> np.ndarray:
+def _load_words(m, space: str, warps, lanes, address, size: int, ordered: bool = False) -> np.ndarray:
     if space == "global":
-        return m.memory.load(address, size, m.cta_numbers(warps))
+        return m.memory.load(address, size, None if ordered else m.cta_numbers(warps))
     if space == "shared":
         return m.shared.read(warps, address.astype(np.uint32), size)
     if space == "local":
@@ -115,12 +115,13 @@ def _ld(m, ins: Instruction):
         raise unsupported(ins)
     address = address_reader(m, ins.args[1], "u32" if space == "shared" else "u64")
     chunks = [(o, min(total, 16)) for o in range(0, total, 16)]
+    ordered = "gpu" in ins.parts  # may read what other CTAs wrote
 
     def step(S, mask):
         warps, lanes, where = m.accesses(S, mask, address(S))
         try:
             kind = _resolve(m, space, warps, where)
-            words = [_load_words(m, kind, warps, lanes, where + where.dtype.type(o), n) for o, n in chunks]
+            words = [_load_words(m, kind, warps, lanes, where + where.dtype.type(o), n, ordered) for o, n in chunks]
         except MemoryFault as error:
             m.fault(error, ins, warps, lanes, where)
         parts = [_split_words(w, size, n // size) for w, (_, n) in zip(words, chunks, strict=True)]
@@ -170,6 +171,14 @@ def _st(m, ins: Instruction):
             m.fault(error, ins, warps, lanes, where)
 
     return step
+
+
+@operation("prefetch")
+def _prefetch(m, ins: Instruction):
+    """Changes nothing that a program sees, whatever the address."""
+    if ins.parts[1:] != ("global", "L2"):
+        raise unsupported(ins)
+    return lambda S, mask: None
 
 
 def _store_words(m, space: str, warps, lanes, address, size: int, values) -> None:
@@ -286,7 +295,7 @@ def _atom(m, ins: Instruction):
     name = next(p for p in ins.parts[1:] if p in _ATOMICS or p == "cas")
     extra = [p for p in ins.parts[1:-1] if p != name and p not in _ORDER]
     numbers = ("u32", "s32", "b32", "u64", "s64", "b64", "f32", "f64")
-    if extra or _space(ins) != "global" or name == "inc" or ins.parts[-1] not in numbers:
+    if extra or _space(ins) != "global" or ins.parts[-1] not in numbers:
         raise unsupported(ins)
     operands = ins.args if ins.parts[0] == "atom" else (None, *ins.args)
     dtype = TYPES[ins.parts[-1]]
@@ -304,7 +313,9 @@ def _atom(m, ins: Instruction):
             try:
                 old = m.memory.load(at, size).view(dtype)[0]
                 new = inputs[0][row, lane]
-                if name == "cas":
+                if name == "inc":
+                    new = dtype.type(0) if old >= new else old + dtype.type(1)
+                elif name == "cas":
                     new = inputs[1][row, lane] if old == new else old
                 elif name != "exch":
                     new = _ATOMICS[name](old, new)

@@ -1,0 +1,176 @@
+"""The rows of one KV head against a part of its keys. The warps of a block share the keys out among themselves.
+
+A warp has a ring of its own in shared memory and waits for nobody: it loads granules of keys, in turn a tile of K and
+one of V, `stages` tiles ahead, and keeps its own statistics and its own O for all rows. They are merged at the end.
+"""
+
+from __future__ import annotations
+
+import cutlass
+from cutlass import Boolean, Float32, Int32, cute
+
+from flash_attn_sm120.device.fragments import accumulators
+from flash_attn_sm120.device.paged_kv import KeysAndValues
+from flash_attn_sm120.device.ptx import fma
+from flash_attn_sm120.device.rows import VisibleRows
+from flash_attn_sm120.device.softmax import GROWTH, OnlineSoftmax, apply_softcap, quad_reduce, tree_reduce
+
+
+class DecodeSoftmax(OnlineSoftmax):
+    """OnlineSoftmax without a shuffle as long as no row grows: lanes look at their own scores only."""
+
+    @cute.jit
+    def update(self, tSrS: cute.Tensor, tOrO: cute.Tensor, dtype: cutlass.Constexpr) -> list:
+        own_max = [self._own_max(tSrS, r) for r in range(self.rows)]
+        grown = Boolean(False)
+        for r in cutlass.range_constexpr(self.rows):
+            grown = grown | ((own_max[r] - self.row_max[r]) * self.scale_log2 > GROWTH)
+        if cute.arch.vote_any_sync(grown):
+            self._grow(own_max, tOrO)
+        return self._probabilities(tSrS, dtype)
+
+    def _own_max(self, tSrS: cute.Tensor, r: int) -> Float32:
+        m, half = r // 2, r % 2
+        return tree_reduce([tSrS[m, n, 2 * half + j] for n in range(tSrS.shape[1]) for j in range(2)], cute.arch.fmax)
+
+    def _grow(self, own_max: list, tOrO: cute.Tensor) -> None:
+        new_max = [cute.arch.fmax(self.row_max[r], quad_reduce(own_max[r], cute.arch.fmax)) for r in range(self.rows)]
+        self._rescale(new_max, tOrO)
+
+
+class DecodeLoop:
+    """A warp's way through its granules: first, first + step, ..., `count` of them."""
+
+    def __init__(self, config, keys: KeysAndValues, shared: Int32, score_scale: Float32, numbers):
+        problem, plan = config.problem, config.plan
+        self.config, self.rows, self.keys, self.numbers = config, None, keys, numbers
+        self.lane = cute.arch.lane_idx()
+        self.shared = shared
+        self.ahead = plan.stages - 1
+        self.operands = config.operands(self.lane, shared)
+        self.score_scale = score_scale
+        self.scaled_before = problem.softcap or problem.alibi
+        self.softmax = DecodeSoftmax(plan.tile_m // 16, Float32(1.0) if self.scaled_before else score_scale)
+        self.tSrS = accumulators(plan.tile_m // 16, plan.tile_n // 8)
+        self.tOrO = accumulators(plan.tile_m // 16, config.memory.columns_out // 8)
+        self.tOrO.fill(0.0)
+        # Where the tile to be multiplied next lies in the ring, and the one before, which is free.
+        self.slot = cute.make_rmem_tensor((2,), Int32)
+        self.slot[0], self.slot[1] = Int32(0), Int32(self.ahead * config.slot_bytes)
+        # Pages of the granule whose K was loaded last, then of the next.
+        self.pages = cute.make_rmem_tensor((max(2 * keys.units, 1),), Int32)
+
+    def first_pages(self, first: Int32, step: int) -> list:
+        """Page numbers of the granules that are loaded before the first is multiplied, and of the next."""
+        return [self.keys.page_numbers(first + i * step) for i in range((self.ahead + 1) // 2 + 1)]
+
+    @cute.jit
+    def run(
+        self,
+        rows: VisibleRows,
+        pages: cutlass.Constexpr,
+        first: Int32,
+        step: cutlass.Constexpr,
+        count: Int32,
+        modifiers,
+    ):
+        """pages: first_pages(first, step)."""
+        self.rows = rows
+        if count > 0:
+            loaded_q = self.operands.load_q(self.rows.q_addresses())  # before K and V, which it would queue behind
+            self.start(pages, first, step, count)
+            self.rows.prepare(modifiers)
+            tSrQ = self.operands.prepare_q(loaded_q)
+            for i in cutlass.range(count, unroll=1):
+                self.granule(first, step, i, count, tSrQ)
+            cute.arch.cp_async_wait_group(0)
+
+    @cute.jit
+    def start(self, pages: cutlass.Constexpr, first: Int32, step: cutlass.Constexpr, count: Int32):
+        """The first `ahead` tiles."""
+        for h in cutlass.range_constexpr(self.ahead):
+            if h // 2 < count:
+                self.load(first + h // 2 * step, h % 2, self.shared + h * self.config.slot_bytes, pages[h // 2])
+            cute.arch.cp_async_commit_group()
+        for unit in cutlass.range_constexpr(len(pages[0])):
+            self.pages[unit] = pages[len(pages) - 2][unit]
+            self.pages[self.keys.units + unit] = pages[len(pages) - 1][unit]
+
+    def load(self, granule: Int32, is_v: int, shared: Int32, pages: list) -> None:
+        (self.keys.load_v if is_v else self.keys.load_k)(shared, granule, pages)
+
+    @cute.jit
+    def granule(self, first: Int32, step: cutlass.Constexpr, i: Int32, count: Int32, tSrQ: cutlass.Constexpr):
+        config, n = self.config, first + i * step
+        self.turn(first, step, i, count, 0)
+        self.operands.scores(tSrQ, self.shared + self.slot[1], self.tSrS)
+        self.modify(n)
+        tOrP = self.softmax.update(self.tSrS, self.tOrO, config.p_dtype)
+        self.turn(first, step, i, count, 1)
+        self.operands.accumulate(tOrP, self.shared + self.slot[1], self.tOrO)
+
+    @cute.jit
+    def turn(self, first: Int32, step: cutlass.Constexpr, i: Int32, count: Int32, is_v: cutlass.Constexpr):
+        """Waits for the next tile, which is at slot[1] then, and starts a load into the place of the one before."""
+        config = self.config
+        cute.arch.cp_async_wait_group(self.ahead - 1)
+        cute.arch.sync_warp()
+        target = self.shared + self.slot[1]
+        loaded = is_v + self.ahead  # tiles after granule i's K
+        j = i + loaded // 2
+        if cutlass.const_expr(loaded % 2 == 0):
+            if j < count:
+                self.load_next_k(first + j * step, step, target)
+        else:
+            if j < count:
+                self.load(first + j * step, 1, target, self.last_pages())
+        cute.arch.cp_async_commit_group()
+        here = self.slot[0]
+        self.slot[1] = here
+        last = self.ahead * config.slot_bytes
+        self.slot[0] = cutlass.select_(here == last, Int32(0), here + config.slot_bytes)
+
+    def last_pages(self) -> list:
+        return [self.pages[u] for u in range(self.keys.units)] if self.keys.page_size else []
+
+    def load_next_k(self, granule: Int32, step: int, target: Int32) -> None:
+        units = self.keys.units
+        pages = []
+        if self.keys.page_size:
+            pages = [self.pages[units + u] for u in range(units)]
+            for u, (page, after) in enumerate(zip(pages, self.keys.page_numbers(granule + step), strict=True)):
+                self.pages[u], self.pages[units + u] = page, after
+        self.load(granule, 0, target, pages)
+
+    @cute.jit
+    def modify(self, n: Int32):
+        """Scale, softcap, ALiBi and mask of the scores of granule n."""
+        config = self.config
+        problem = config.problem
+        if cutlass.const_expr(problem.softcap):
+            apply_softcap(self.tSrS, self.score_scale, self.numbers.softcap)
+        elif cutlass.const_expr(problem.alibi):
+            self.scale()
+        first_col = n * config.plan.tile_n
+        if cutlass.const_expr(problem.alibi):
+            self.rows.add_alibi(self.tSrS, first_col, self.lane, self.numbers)
+        if (first_col < self.rows.inner_begin) | (first_col + config.plan.tile_n > self.rows.inner_end):
+            self.rows.mask(self.tSrS, first_col, self.lane)
+
+    def scale(self) -> None:
+        m_frags, n_frags, values = self.tSrS.shape
+        for m in range(m_frags):
+            for n in range(n_frags):
+                for i in range(values):
+                    self.tSrS[m, n, i] = self.tSrS[m, n, i] * self.score_scale
+
+    def statistics(self) -> list[tuple[Float32, Float32]]:
+        """(maximum in base 2, sum of the exponentials above it) of each of the thread's rows."""
+        constant = -0.5 * self.numbers.softcap if self.config.problem.softcap else Float32(0.0)
+        return [
+            (
+                fma(self.softmax.row_max[r], self.softmax.scale_log2, constant),
+                quad_reduce(self.softmax.row_sum[r], lambda a, b: a + b),
+            )
+            for r in range(self.softmax.rows)
+        ]

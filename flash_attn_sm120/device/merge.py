@@ -1,0 +1,263 @@
+"""The warps of a block bring their rows together, and write them to out and lse or to the partials of a split."""
+
+from __future__ import annotations
+
+import math
+
+import cutlass
+from cutlass import Boolean, Float32, Int32, Int64, cute
+
+from flash_attn_sm120.device.mainloop_decode import DecodeLoop
+from flash_attn_sm120.device.paged_kv import divide
+from flash_attn_sm120.device.parts import LaneColumns, add_parts, part_weights
+from flash_attn_sm120.device.ptx import (
+    exp2,
+    load_fresh_f32,
+    load_fresh_v4_f32,
+    load_shared_f32,
+    log2,
+    pack_pair,
+    reciprocal,
+    store_global_v2,
+    store_global_v4,
+    store_global_v4_f32,
+    store_shared_f32,
+    take_ticket,
+)
+from flash_attn_sm120.device.rows import RowTile
+from flash_attn_sm120.device.softmax import NEG_INF
+from flash_attn_sm120.dispatch import MAX_SPLITS
+
+LOADS_AT_ONCE = 16  # of a lane, while parts are brought together
+
+
+class Merge:
+    """shared: of the block, free but for what this writes; a warp stages its O in its own ring."""
+
+    def __init__(self, config, loop: DecodeLoop, rows: RowTile, shared: Int32, warp: Int32, modifiers):
+        self.config, self.loop, self.rows, self.piece, self.modifiers = config, loop, rows, rows.piece, modifiers
+        self.shared, self.warp, self.lane = shared, warp, loop.lane
+        self.group, self.quad = self.lane // 4, self.lane % 4
+        self.notes = shared + config.memory.notes_offset
+        self.row_bytes = config.memory.staged_row_bytes
+        self.own_rows = config.plan.tile_m // 8
+        self.parts_at_once = LOADS_AT_ONCE // -(-config.problem.head_dim_v // 128)
+        self.lses = cute.make_rmem_tensor((self.own_rows,), Float32)
+
+    @cute.jit
+    def run(self, mO: cute.Tensor, mLSE: cute.Tensor | None, partials: cutlass.Constexpr):
+        self.note()
+        cute.arch.sync_threads()
+        self.stage()
+        if cutlass.const_expr(not self.config.problem.split):
+            self.finish(mO, mLSE)
+        else:
+            if self.piece.splits == 1:
+                self.finish(mO, mLSE)
+            else:
+                self.store_lse(partials.lse, True)
+                cute.arch.sync_threads()
+                self.store_part(partials.out)
+                self.combine(mO, mLSE, partials)
+
+    @cute.jit
+    def finish(self, mO: cute.Tensor, mLSE: cute.Tensor | None):
+        self.store_lse(mLSE, False)
+        cute.arch.sync_threads()
+        self.store_out(mO)
+
+    @cute.jit
+    def note(self):
+        """The warp's maximum and sum of each row."""
+        statistics = self.loop.statistics()
+        if self.quad == 0:
+            for r in cutlass.range_constexpr(self.own_rows):
+                row = self.warp * self.config.plan.tile_m + 8 * r + self.group
+                store_shared_f32(self.notes + row * 8, statistics[r])
+
+    @cute.jit
+    def stage(self):
+        """Puts the warp's share of the normalised O into its ring; the rows' natural-log LSE into lses."""
+        config = self.config
+        staged = self.shared + self.warp * config.memory.ring_bytes
+        descale = Float32(1.0)
+        if cutlass.const_expr(config.problem.v_descale):
+            descale = self.modifiers.v_descale[self.piece.batch, self.rows.head_kv]
+        for r in cutlass.range_constexpr(self.own_rows):
+            if 8 * r < self.rows.rows_left:
+                factor = self.finish_row(r)
+                if 8 * r + self.group < self.rows.rows_left:
+                    self.stage_row(staged + (8 * r + self.group) * self.row_bytes, r, factor * descale)
+
+    def finish_row(self, r: int) -> Float32:
+        factor, self.lses[r] = self.factor(r)
+        return factor
+
+    def stage_row(self, shared: Int32, r: int, factor: Float32) -> None:
+        tOrO = self.loop.tOrO
+        for n in range(tOrO.shape[1]):
+            values = [tOrO[r // 2, n, 2 * (r % 2) + i] * factor for i in range(2)]
+            lane_col, col = self.loop.operands.column(n, 0)
+            _, right = self.loop.operands.column(n, 1)
+            place = shared + lane_col * 4
+            if right == col + 1:
+                store_shared_f32(place + col * 4, values)
+            else:
+                store_shared_f32(place + col * 4, values[:1])
+                store_shared_f32(place + right * 4, values[1:])
+
+    def factor(self, r: int) -> tuple[Float32, Float32]:
+        """(what the warp's O of row r is multiplied by, LSE of the row over all warps)."""
+        config = self.config
+        row = 8 * r + self.group
+        notes = [
+            load_shared_f32(self.notes + (warp * config.plan.tile_m + row) * 8, 2)
+            for warp in range(config.plan.num_warps)
+        ]
+        own = load_shared_f32(self.notes + (self.warp * config.plan.tile_m + row) * 8, 2)
+        top = notes[0][0]
+        for row_max, _ in notes[1:]:
+            top = cute.arch.fmax(top, row_max)
+        sink = None
+        if config.problem.sink:
+            sink = self.sink(row)
+            top = cute.arch.fmax(top, sink)
+        base = cutlass.select_(top == NEG_INF, Float32(0.0), top)
+        total = Float32(0.0) if sink is None else exp2(sink - base)
+        for row_max, row_sum in notes:
+            total = total + exp2(row_max - base) * row_sum
+        is_row = self.rows.first_row + row < self.rows.seq_q.length * self.rows.heads.per_kv
+        empty = (total == 0.0) | (is_row == Boolean(False))
+        factor = cutlass.select_(empty, Float32(0.0), exp2(own[0] - base) * reciprocal(total))
+        lse = cutlass.select_(empty, Float32(NEG_INF), (base + log2(total)) * math.log(2.0))
+        return factor, lse
+
+    def sink(self, row: Int32) -> Float32:
+        """In base 2; counts once, in a sequence's first part."""
+        value = Float32(self.modifiers.learnable_sink[self.rows.head(row)]) * math.log2(math.e)
+        if self.config.problem.split:
+            value = cutlass.select_(self.piece.split == 0, value, Float32(NEG_INF))
+        return value
+
+    @cute.jit
+    def store_lse(self, mLSE: cute.Tensor | None, partial: cutlass.Constexpr):
+        if cutlass.const_expr(mLSE is not None):
+            is_writer = (self.warp == 0) & (self.quad == 0)
+            if is_writer:
+                for r in cutlass.range_constexpr(self.own_rows):
+                    row = 8 * r + self.group
+                    if row < self.rows.rows_left:
+                        offset = self.rows.lse_offset(mLSE, row)
+                        if cutlass.const_expr(partial):
+                            offset = offset + Int64(self.piece.split) * Int64(mLSE.stride[0])
+                        write(mLSE, offset, self.lses[r])
+
+    @cute.jit
+    def store_out(self, mO: cute.Tensor):
+        """All threads add the warps' shares up, 8 columns at a time."""
+        config = self.config
+        thread, _, _ = cute.arch.thread_idx()
+        units = config.problem.head_dim_v // 8
+        threads = 32 * config.plan.num_warps
+        for turn in cutlass.range_constexpr(-(-config.plan.tile_m * units // threads)):
+            place = thread + turn * threads
+            row = divide(place, units)
+            if (row < config.plan.tile_m) & (row < self.rows.rows_left):
+                unit = place - row * units
+                values = self.added(row, unit * 8, 8)
+                pairs = [pack_pair(values[i], values[i + 1], config.dtype) for i in range(0, 8, 2)]
+                store_global_v4(self.rows.out_address(mO, row) + Int64(unit * 16), pairs)
+
+    @cute.jit
+    def store_part(self, mPartial: cute.Tensor):
+        """A warp adds up and stores the rows that it will combine if this part is the last one to be done."""
+        columns = LaneColumns(self.config.problem.head_dim_v, self.lane)
+        for row in cutlass.range(self.warp, self.num_rows(), self.config.plan.num_warps, unroll=1):
+            address = self.rows.out_address(mPartial, row) + Int64(self.lane * 16)
+            address = address + Int64(self.piece.split) * Int64(mPartial.stride[0]) * 4
+            for turn in cutlass.range_constexpr(columns.turns):
+                if columns.exist[turn]:
+                    store_global_v4_f32(address + turn * 512, self.added(row, columns.first[turn], 4))
+
+    def num_rows(self) -> Int32:
+        return cutlass.min(self.rows.rows_left, Int32(self.config.plan.tile_m))
+
+    def added(self, row: Int32, col: Int32, cols: int) -> list[Float32]:
+        place = self.shared + row * self.row_bytes + col * 4
+        values = [Float32(0.0)] * cols
+        for warp in range(self.config.plan.num_warps):
+            for first in range(0, cols, 4):
+                share = load_shared_f32(place + (warp * self.config.memory.ring_bytes + first * 4), 4)
+                values[first : first + 4] = [a + b for a, b in zip(values[first : first + 4], share, strict=True)]
+        return values
+
+    @cute.jit
+    def combine(self, mO: cute.Tensor, mLSE: cute.Tensor | None, partials: cutlass.Constexpr):
+        """The rows of which all other parts have been stored, from their parts; a row is the business of one warp."""
+        warps = self.config.plan.num_warps
+        number = self.rows.tile_number() * self.rows.heads.heads_kv + self.rows.head_kv
+        own_row = self.warp + self.lane * warps
+        is_last = Boolean(False)
+        cute.arch.sync_warp()
+        if own_row < self.num_rows():
+            place = partials.tickets.iterator.toint() + Int64(number * self.config.plan.tile_m + own_row) * 4
+            is_last = take_ticket(place, self.piece.splits - 1) == self.piece.splits - 1
+        last_rows = cute.arch.vote_ballot_sync(is_last)
+        cute.arch.sync_warp()
+        for row in cutlass.range(self.warp, self.num_rows(), warps, unroll=1):
+            if (last_rows & 1) != 0:
+                self.combine_row(mO, mLSE, partials, row)
+            last_rows = last_rows >> 1
+
+    @cute.jit
+    def combine_row(self, mO: cute.Tensor, mLSE: cute.Tensor | None, partials: cutlass.Constexpr, row: Int32):
+        columns = LaneColumns(self.config.problem.head_dim_v, self.lane)
+        sums = cute.make_rmem_tensor((4 * columns.turns,), Float32)
+        sums.fill(0.0)
+        first_parts = self.load(partials.out, row, columns, 0)  # on their way while the weights are
+        weights, lse = part_weights(self.part_lses(partials.lse, row))
+        self.add(sums, first_parts, weights[0])
+        for first in cutlass.range(self.parts_at_once, self.piece.splits, self.parts_at_once, unroll=1):
+            weight = weights[0]
+            if first >= 32:
+                weight = weights[1]
+            weight = cute.arch.shuffle_sync(weight, (self.lane + first) % 32)
+            self.add(sums, self.load(partials.out, row, columns, first), weight)
+        target = self.rows.out_address(mO, row) + Int64(self.lane * 8)
+        for turn in cutlass.range_constexpr(columns.turns):
+            if columns.exist[turn]:
+                pairs = [pack_pair(sums[4 * turn + i], sums[4 * turn + i + 1], self.config.dtype) for i in (0, 2)]
+                store_global_v2(target + turn * 256, pairs)
+        if cutlass.const_expr(mLSE is not None):
+            offset = self.rows.lse_offset(mLSE, row)
+            if self.lane == 0:
+                write(mLSE, offset, lse)
+
+    def load(self, mPartial: cute.Tensor, row: Int32, columns: LaneColumns, first) -> list:
+        """Starts the loads of some parts, [part][turn] -> four columns; behind the last part it comes again."""
+        address, step = self.rows.out_address(mPartial, row), Int64(mPartial.stride[0]) * 4
+        numbers = [cutlass.min(Int32(first + i), self.piece.splits - 1) for i in range(self.parts_at_once)]
+        places = [address + Int64(number) * step for number in numbers]
+        return [[load_fresh_v4_f32(place + Int64(col * 4)) for col in columns.within] for place in places]
+
+    def add(self, sums: cute.Tensor, loaded: list, weight: Float32) -> None:
+        """weight: lane i has that of part i of those loaded."""
+        add_parts(sums, loaded, [cute.arch.shuffle_sync(weight, i) for i in range(self.parts_at_once)])
+
+    @cute.jit
+    def part_lses(self, mLSE: cute.Tensor, row: Int32) -> list:
+        """Of part lane, lane + 32, ..."""
+        lses = []
+        offset = self.rows.lse_offset(mLSE, row)
+        for first in cutlass.range_constexpr(0, MAX_SPLITS, 32):
+            split, value = Int32(first + self.lane), Float32(NEG_INF)
+            if split < self.piece.splits:
+                place = offset + Int64(split) * Int64(mLSE.stride[0])
+                value = load_fresh_f32(mLSE.iterator.toint() + place * 4)
+            lses.append(value)
+        return lses
+
+
+def write(tensor: cute.Tensor, offset: Int64, value: Float32) -> None:
+    """offset: elements."""
+    cute.make_tensor(tensor.iterator + offset, cute.make_layout(1))[0] = value
