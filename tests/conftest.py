@@ -102,8 +102,6 @@ def all_offered(monkeypatch):
     """Every feature has a kernel, as far as the dispatcher knows."""
     for kernel, excluded in {"forward": ("decode", "split"), "decode": (), "combine": ()}.items():
         monkeypatch.setitem(dispatch.EXCLUDED, kernel, excluded)
-    monkeypatch.setitem(dispatch.TILES, "decode", dispatch.TILES.get("decode", dispatch.FORWARD_TILES))
-    monkeypatch.setitem(dispatch.LOADING_WARPS, "decode", 0)
     monkeypatch.setattr(calls, "known", {})
 
 

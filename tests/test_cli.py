@@ -101,7 +101,7 @@ def test_compile_judges(stack, warps, verdict, monkeypatch, capsys):
     monkeypatch.setattr(dispatch, "variants", lambda: [problem], raising=False)
     monkeypatch.setattr(dispatch, "choose", lambda problem, arch: plan)
     monkeypatch.setattr(compile_module, "build", lambda *a, **k: type("Built", (), {"__cubin__": b""}))
-    monkeypatch.setattr(cubin, "read", lambda data: [cubin.KernelResources("k", 250, stack, 1024)])
+    monkeypatch.setattr(cubin, "read", lambda data: [cubin.KernelResources("k", 168, stack, 1024)])
     assert cli.main(["compile", "--arch", "sm_120a,sm_121a"]) == (0 if verdict == "ok" else 1)
     text = capsys.readouterr().out
     for arch in cli.ARCHES:

@@ -7,13 +7,14 @@ import pytest
 import torch
 
 pytest.importorskip("cutlass")
-from flash_attn_sm120.compile import build_combine, load
-from flash_attn_sm120.kernels.combine import CombineProblem
+from flash_attn_sm120.arguments import CombineArguments
+from flash_attn_sm120.compile import build, load
+from flash_attn_sm120.problem import CombineProblem
 
 
 @functools.lru_cache(maxsize=32)
 def kept(problem):
-    return build_combine(problem, "sm_120a", keep=True)
+    return build(problem, None, "sm_120a", keep=True)
 
 
 def launch_on(device, problem, arguments, written):
@@ -22,32 +23,31 @@ def launch_on(device, problem, arguments, written):
         return
     from flash_attn_sm120.simulator import launch
 
-    names = ("out_partial", "lse_partial", "out", "lse", "cu_seqlens_q")
-    launch(kept(problem), arguments, names=names, outputs={"out": written})
+    launch(kept(problem), arguments, names=CombineArguments._fields, outputs={"out": written})
 
 
 @pytest.mark.parametrize("num_splits", [1, 2, 7, 33, 128])
 @pytest.mark.parametrize("head_dim_v", [64, 128, 192, 256, 40])
 def test_dense(num_splits, head_dim_v, device):
-    run(device, CombineProblem("bfloat16", head_dim_v), (2, 3), 2, num_splits)
+    run(device, CombineProblem("bfloat16", head_dim_v, lse=True), (2, 3), 2, num_splits)
 
 
 @pytest.mark.parametrize("dtype", ["float16", "float32"])
 def test_dtypes(dtype, device):
-    run(device, CombineProblem(dtype, 128), (1, 2), 3, 5)
+    run(device, CombineProblem(dtype, 128, lse=True), (1, 2), 3, 5)
 
 
 def test_without_lse(device):
-    run(device, CombineProblem("bfloat16", 128, lse=False), (1, 2), 3, 5)
+    run(device, CombineProblem("bfloat16", 128), (1, 2), 3, 5)
 
 
 def test_packed_rows_past_the_last_sequence_stay(device):
-    run(device, CombineProblem("bfloat16", 128, packed=True), (7,), 2, 4, used=5)
+    run(device, CombineProblem("bfloat16", 128, lse=True, packed=True, cu_seqlens=True), (7,), 2, 4, used=5)
 
 
 def test_heads_last_lse(device):
     """The layout (num_splits, batch, seqlen_q, heads) goes in as a transposed view."""
-    run(device, CombineProblem("bfloat16", 128), (2, 3), 2, 4, heads_last=True)
+    run(device, CombineProblem("bfloat16", 128, lse=True), (2, 3), 2, 4, heads_last=True)
 
 
 def run(device, problem, rows, heads, num_splits, used=None, heads_last=False):
@@ -70,7 +70,7 @@ def run(device, problem, rows, heads, num_splits, used=None, heads_last=False):
     if problem.packed:
         marks = torch.tensor([0, 2, used], dtype=torch.int32, device=target)
         rows_used = slice(used)
-    launch_on(device, problem, (partial, lses, out, lse, marks), out[rows_used])
+    launch_on(device, problem, (partial, lses, out, lse, marks, None, None), out[rows_used])
     tolerance = 1e-5 + torch.finfo(out.dtype).eps * 4
     assert (out[rows_used].double() - expected[rows_used]).abs().max() <= tolerance
     if problem.packed:

@@ -11,9 +11,8 @@ from oracle import variant_name
 from flash_attn_sm120 import compile as compiler
 from flash_attn_sm120 import cubin
 from flash_attn_sm120.dispatch import choose, decode_memory, decode_variants, variants
-from flash_attn_sm120.kernels.combine import CombineProblem
 from flash_attn_sm120.occupancy import RESERVED_BYTES, occupancy
-from flash_attn_sm120.problem import AttentionProblem, padded
+from flash_attn_sm120.problem import AttentionProblem, CombineProblem, padded
 from flash_attn_sm120.static_model import predict
 
 
@@ -53,7 +52,9 @@ def test_decode_has_no_stack_and_enough_in_flight(problem, arch):
 @pytest.mark.parametrize("arch", ["sm_120a", "sm_121a"])
 @pytest.mark.parametrize("head_dim_v", [64, 128, 256])
 def test_combine_has_no_stack(head_dim_v, arch):
-    (kernel,) = cubin.read(compiler.build_combine(CombineProblem("bfloat16", head_dim_v), arch, keep=True).__cubin__)
+    (kernel,) = cubin.read(
+        compiler.build(CombineProblem("bfloat16", head_dim_v, lse=True), None, arch, keep=True).__cubin__
+    )
     assert kernel.stack_bytes == 0
 
 

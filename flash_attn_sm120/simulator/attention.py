@@ -31,6 +31,7 @@ class _Partials(NamedTuple):
     out_partial: Any
     lse_partial: Any
     tickets: Any
+    slots: Any
 
 
 def load(problem: AttentionProblem | CombineProblem, arch: str | None = None) -> Callable[..., None]:
