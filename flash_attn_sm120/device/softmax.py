@@ -16,6 +16,7 @@ from flash_attn_sm120.device.ptx import exp2, fma, log2, pack_pair, reciprocal
 
 NEG_INF = -math.inf
 GROWTH = 8.0  # in the base-2 exponent
+PAIRED_SUMS = 4  # blocks of 8 columns
 
 
 def tree_reduce(values: list, combine):
@@ -92,16 +93,23 @@ class OnlineSoftmax:
             tOrO[m, n, i] = tOrO[m, n, i] * factors[2 * m + i // 2]
 
     def _probabilities(self, tSrS: cute.Tensor, dtype: str) -> list:
-        """Each exponential is added to its row's sum at once: a tree of sums takes registers that 256 rows lack."""
+        """A row's exponentials are added in pairs, so that no step waits for all before it, or one by one where a wide
+        block leaves no registers for that."""
         m_frags, n_frags, _ = tSrS.shape
         pairs = {}
         for r in range(self.rows):
             m, half = r // 2, r % 2
             offset = -self.row_max[r] * self.scale_log2
+            sums = []
             for n in range(n_frags):
                 low, high = (exp2(fma(tSrS[m, n, 2 * half + j], self.scale_log2, offset)) for j in range(2))
-                self.row_sum[r] = (self.row_sum[r] + low) + high
+                if n_frags <= PAIRED_SUMS:
+                    sums.append(low + high)
+                else:
+                    self.row_sum[r] = (self.row_sum[r] + low) + high
                 pairs[m, half, n] = pack_pair(low, high, dtype)
+            if sums:
+                self.row_sum[r] = self.row_sum[r] + tree_reduce(sums, operator.add)
         return [
             [[pairs[m, half, n + right] for right in range(2) for half in range(2)] for n in range(0, n_frags, 2)]
             for m in range(m_frags)
