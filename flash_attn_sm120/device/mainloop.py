@@ -155,12 +155,12 @@ class ForwardTile:
         return visible
 
     def arrive(self, name: str, results: cute.Tensor | None) -> None:
-        """The warp is done with a tile, one lane says so for all. results: the accumulators that its reads went into;
-        reads return in their order, so the last of them stand for all."""
+        """The warp is done with a tile, and one lane says so. results: the accumulators that its reads went into; of
+        each pair of blocks one, as a read serves two."""
         cute.arch.sync_warp()
-        last = [] if results is None else [results[0, n, 0] for n in range(results.shape[1])[-2:]]
+        read = [] if results is None else [results[0, n, 0] for n in range(0, results.shape[1], 2)]
         elected = self.config.plan.hands_over_registers
-        mbarrier_arrive_after(self.bars[name].toint(), last, None if elected else Int32(self.lane == 0))
+        mbarrier_arrive_after(self.bars[name].toint(), read, None if elected else Int32(self.lane == 0))
 
     def skip(self, phase: Int32) -> None:
         for name in ("k", "v"):
