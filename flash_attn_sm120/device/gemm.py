@@ -8,13 +8,13 @@ from flash_attn_sm120.device.ptx import mma_m16n8k16
 from flash_attn_sm120.device.tile import SharedMatrix
 
 
-def qk_product(tSrQ: dict | None, sQ: SharedMatrix, sK: SharedMatrix, tSrS: cute.Tensor, dtype: str) -> None:
+def qk_product(tSrQ: dict, sQ: SharedMatrix, sK: SharedMatrix, tSrS: cute.Tensor, dtype: str) -> None:
     """tSrS = Q K^T of one warp, accumulators (m_frags, tile_n / 8, 4); sQ starts at the warp's first row. tSrQ: Q by
     (row, column) of each 16 x 16 block, where registers hold it."""
     m_frags, n_frags, _ = tSrS.shape
     acc = [[[Float32(0.0)] * 4 for _ in range(n_frags)] for _ in range(m_frags)]
     for col in range(0, sK.layout.cols, 16):
-        a = [tSrQ[16 * m, col] if tSrQ else sQ.load(16 * m, col) for m in range(m_frags)]
+        a = [tSrQ.get((16 * m, col)) or sQ.load(16 * m, col) for m in range(m_frags)]
         for n in range(0, n_frags, 2):
             tSrK = sK.load(8 * n, col)
             for half in range(2):

@@ -30,6 +30,7 @@ from flash_attn_sm120.device.seqlen import Sequence, head_address
 from flash_attn_sm120.device.softmax import OnlineSoftmax, apply_softcap
 
 BARRIERS = ("q_full", "k_full", "k_free", "v_full", "v_free")
+Q_COLUMNS_KEPT = 240  # in registers, where Q is; head_dim 256 has none for the rest
 MATRIX_BARRIER = 1  # named barrier of the matrix warps
 
 
@@ -127,7 +128,7 @@ class ForwardTile:
         """A matrix warp: the main loop on what the loading warp brings. The range of blocks is read from memory each
         time, as no register is to hold it through the products."""
         cute.arch.mbarrier_wait(self.bars["q_full"], 0)
-        self.tSrQ = self.keep_q() if self.config.plan.q_in_registers else None
+        self.tSrQ = self.keep_q() if self.config.plan.q_in_registers else {}
         i = Int32(0)
         while i < read_block_count(self.note):
             blocks = read_blocks(self.note)
@@ -170,7 +171,8 @@ class ForwardTile:
     def keep_q(self) -> dict[tuple[int, int], list[Int32]]:
         """Q in registers: reading it anew for each block would bind where a warp has 16 rows."""
         sQ = self.config.layout_q.matrix(self.q_rows, self.lane)
-        places = itertools.product(range(0, self.config.warp_rows, 16), range(0, self.config.layout_q.cols, 16))
+        kept = min(self.config.layout_q.cols, Q_COLUMNS_KEPT)
+        places = itertools.product(range(0, self.config.warp_rows, 16), range(0, kept, 16))
         return {(row, col): sQ.load(row, col) for row, col in places}
 
     def block(self, n: Int32, phase: Int32, masked: bool) -> None:

@@ -94,8 +94,9 @@ class OnlineSoftmax:
 
     def _probabilities(self, tSrS: cute.Tensor, dtype: str) -> list:
         """A row's exponentials are added in pairs, so that no step waits for all before it, or one by one where a wide
-        block leaves no registers for that."""
+        block or Q leaves no registers for that."""
         m_frags, n_frags, _ = tSrS.shape
+        in_pairs = m_frags > 1 and n_frags <= PAIRED_SUMS
         pairs = {}
         for r in range(self.rows):
             m, half = r // 2, r % 2
@@ -103,7 +104,7 @@ class OnlineSoftmax:
             sums = []
             for n in range(n_frags):
                 low, high = (exp2(fma(tSrS[m, n, 2 * half + j], self.scale_log2, offset)) for j in range(2))
-                if n_frags <= PAIRED_SUMS:
+                if in_pairs:
                     sums.append(low + high)
                 else:
                     self.row_sum[r] = (self.row_sum[r] + low) + high
