@@ -13,11 +13,11 @@ import argparse
 import json
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
-from forward import as_on_sm120
+from sm120_mode import padded_smem
 from timing import median_ms
 
 from flash_attn_sm120.arguments import Arguments, Lengths, Numbers, Partials
@@ -138,7 +138,7 @@ def prepare(cell: Cell, occupancy: str, plan: Plan | None = None, num_splits: in
     problem = cell.problem(splits.num_splits > 1)
     plan = plan or choose(problem, target)
     if occupancy == "sm120":
-        plan = as_on_sm120(plan, properties.shared_memory_per_multiprocessor)
+        plan = replace(plan, smem_bytes=padded_smem(plan.smem_bytes, plan.blocks_per_sm))
     return build(problem, plan, target), splits
 
 
