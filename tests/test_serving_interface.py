@@ -14,11 +14,13 @@ from flash_attn_sm120 import (
     flash_attn_func,
     flash_attn_varlen_func,
     get_scheduler_metadata,
-    splits,
+    prepare,
+    scheduling,
 )
 from flash_attn_sm120.arguments import Numbers
 from flash_attn_sm120.checks import UNBOUNDED
 from flash_attn_sm120.problem import AttentionProblem, CombineProblem
+from flash_attn_sm120.splits import Splits
 
 BF16 = torch.bfloat16
 pytestmark = pytest.mark.usefixtures("all_offered")
@@ -203,7 +205,12 @@ def test_splits_as_asked(rows, lse, recorder):
 
 def test_splits_are_chosen_from_sizes(recorder, monkeypatch):
     asked = []
-    monkeypatch.setattr(splits, "num_splits", lambda _, *sizes: asked.append(sizes) or len(asked))
+
+    def choose(problem, sms, q_shape, heads_kv, batch, max_seqlen_q, max_seqlen_k, num_splits):
+        asked.append((sms, batch, heads_kv, max_seqlen_q, max_seqlen_k))
+        return Splits(len(asked), 1, 64)
+
+    monkeypatch.setattr(prepare, "choose_splits", choose)
     decode()
     decode(9)
     decode(window_size=(20, 0))
@@ -211,8 +218,8 @@ def test_splits_are_chosen_from_sizes(recorder, monkeypatch):
     flash_attn_func(*make(batch=1, seqlen_q=1, seqlen_k=700, heads=8))
     sms = asked[0][0]
     assert sms > 1 and asked == [
-        (sms, 2, 2, 2, 48), (sms, 2, 2, 18, 48), (sms, 2, 2, 2, 21),
-        (sms, 2, 2, 4, 16), (sms, 1, 2, 4, 700),
+        (sms, 2, 2, 1, 48), (sms, 2, 2, 9, 48), (sms, 2, 2, 1, 21),
+        (sms, 2, 2, 2, 16), (sms, 1, 2, 1, 700),
     ]  # fmt: skip
     assert [problem.split for problem in recorder.problems] == [False, True, True, True, True]
     assert [partials and partials.out.shape[0] for partials in recorder.partials] == [None, 2, 3, 4, 5]
@@ -237,7 +244,12 @@ def test_a_growing_length_is_seldom_a_new_call(recorder):
 
 
 def test_scheduler_metadata(recorder, monkeypatch):
-    monkeypatch.setattr(splits, "num_splits", lambda _, *sizes: 3 if sizes[1:] == (2, 2, 2, 48) else 99)
+    def choose(problem, sms, q_shape, heads_kv, batch, max_seqlen_q, max_seqlen_k, num_splits=0):
+        expected = (batch, heads_kv, max_seqlen_q, max_seqlen_k) == (2, 2, 1, 48)
+        return Splits(num_splits or (3 if expected else 99), 1, 64)
+
+    for module in (prepare, scheduling):
+        monkeypatch.setattr(module, "choose_splits", choose)
     given = {
         "batch_size": 2,
         "max_seqlen_k": 48,
