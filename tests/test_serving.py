@@ -1,0 +1,222 @@
+"""Servers' calls at random on the kernels: pages, few rows, splits, ranks. FLASH_ATTN_SM120_EXAMPLES says how many."""
+
+import math
+
+import pytest
+import serving_cases
+import torch
+from hypothesis import HealthCheck, given, note, settings
+from hypothesis import strategies as st
+from oracle import SPEED, assert_right, ints, rand
+from serving_cases import Case, cases
+from test_hypothesis import EXAMPLES
+
+from flash_attn_sm120 import flash_attn_combine, flash_attn_func, reference
+from flash_attn_sm120.matrix import LSE_SLACK, SLACK, largest_difference
+
+BF16, E4M3 = torch.bfloat16, torch.float8_e4m3fn
+
+
+def each(strategy, body):
+    @settings(max_examples=EXAMPLES, deadline=None, suppress_health_check=list(HealthCheck), print_blob=True)
+    @given(strategy)
+    def examples(case):
+        note(str(case))
+        body(case)
+
+    examples()
+
+
+def prefill(device):
+    rows, keys, most_heads = device.pick((400, 1500, 24), (60, 90, 8))
+    return cases(rows=rows, keys=keys, most_heads=most_heads, splits=(0, 1))
+
+
+def decode(device):
+    keys, most_heads = device.pick((3000, 48), (120, 16))
+    return cases(rows=16, keys=keys, most_heads=most_heads, splits=(0, 32))
+
+
+AWAITED = {"raises": NotImplementedError, "reason": "no prefill kernel takes it yet"}
+PREFILL = pytest.mark.xfail(strict=True, **AWAITED)
+RANDOM_PREFILL = pytest.mark.xfail(
+    strict=False, **AWAITED
+)  # a few cases may all have so few rows that decode takes them
+
+
+@RANDOM_PREFILL
+def test_paged_prefill(device):
+    each(prefill(device), lambda case: serving_cases.run(case, device.torch_device))
+
+
+def test_padded_prefill(device):
+    each(prefill(device), lambda case: serving_cases.run_padded(case, device.torch_device))
+
+
+def test_paged_decode(device):
+    each(decode(device), lambda case: serving_cases.run(case, device.torch_device))
+
+
+def test_padded_decode(device):
+    each(decode(device), lambda case: serving_cases.run_padded(case, device.torch_device))
+
+
+def test_splits_change_nothing(device):
+    each(decode(device), lambda case: serving_cases.run_split_and_whole(case, device.torch_device))
+
+
+@RANDOM_PREFILL
+def test_ranks_of_a_prefill(device):
+    pairs = st.tuples(prefill(device), st.integers(2, 4))
+    each(pairs, lambda pair: serving_cases.run_ranks(*pair, device.torch_device))
+
+
+def test_ranks_of_a_decode(device):
+    pairs = st.tuples(decode(device), st.integers(2, 4))
+    each(pairs, lambda pair: serving_cases.run_ranks(*pair, device.torch_device))
+
+
+@pytest.mark.parametrize("page_size", sorted(set(serving_cases.PAGE_SIZES)))
+@pytest.mark.parametrize("kv_dtype", [None, E4M3])
+@pytest.mark.parametrize("rows", [1, pytest.param(40, marks=PREFILL)])
+def test_every_page_size(rows, kv_dtype, page_size, device):
+    case = Case(
+        [rows, 1, rows], [130, 0, 61], page_size=page_size, kv_dtype=kv_dtype, head_dims=(128, 128), shared=True
+    )
+    serving_cases.run(case, device.torch_device)
+
+
+@pytest.mark.parametrize("layout", serving_cases.LAYOUTS)
+@pytest.mark.parametrize("rows", [2, pytest.param(40, marks=PREFILL)])
+def test_every_pool(rows, layout, device):
+    case = Case([rows, rows - 1], [90, 47], layout=layout, mask="local", window=(20, 3), packed=False, spare=2)
+    serving_cases.run(case, device.torch_device)
+
+
+@pytest.mark.parametrize("kv_dtype", [None, E4M3])
+@pytest.mark.parametrize("rows", [1, pytest.param(20, marks=PREFILL)])
+def test_keys_far_outside_a_window_are_not_read(rows, kv_dtype, device):
+    case = Case([rows, 1], [700, 900], mask="local", window=(30, 0), heads_kv=1, kv_dtype=kv_dtype)
+    serving_cases.run_far_window(case, device.torch_device, 256)
+
+
+@pytest.mark.parametrize("rows", [1, pytest.param(30, marks=PREFILL)])
+@pytest.mark.parametrize("chunk", [16, 48, 1000])
+def test_chunks_end_where_pages_do_and_do_not(rows, chunk, device):
+    serving_cases.run(Case([rows, rows], [96, 131], chunk=chunk, mask="full"), device.torch_device)
+    serving_cases.run(Case([rows, rows], [96, 131], chunk=chunk, mask="causal"), device.torch_device)
+
+
+@pytest.mark.parametrize("seqlen_q", [1, pytest.param(20, marks=PREFILL)])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_rows_that_see_nothing_have_the_sink(dtype, seqlen_q, device):
+    on = device.torch_device
+    q, k, sink = rand(on, 2, seqlen_q, 4, 64), rand(on, 2, 9, 2, 64), rand(on, 4, dtype=dtype)
+    out, lse = assert_right(q, k, k, seqused_k=ints(on, 0, 9), learnable_sink=sink)
+    assert (out[0] == 0).all()
+    torch.testing.assert_close(lse[0], sink.float()[:, None].expand(4, seqlen_q), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("num_splits", [1, 2, 31, 128])
+@pytest.mark.parametrize("packed", [False, True])
+def test_combine(packed, num_splits, device):
+    on, shape = device.torch_device, (2, 5, 3, 72)
+    parts, lse_parts = torch.randn(num_splits, *shape, device=on), torch.randn(num_splits, *shape[:-1], device=on) * 3
+    empty = torch.rand(lse_parts.shape, device=on) < 0.3
+    parts[empty], lse_parts[empty] = math.nan, -math.inf
+    lse_parts[:, 0, 2] = -math.inf
+    where = None
+    if packed:
+        parts, lse_parts, where = parts.flatten(1, 2), lse_parts.flatten(1, 2), ints(on, 0, 3, 8)
+    exact, exact_lse = reference.combine(parts, lse_parts)
+    for dtype in (torch.float32, BF16, torch.float16):
+        out = torch.full(exact.shape, math.nan, dtype=dtype, device=on)
+        result, lse = flash_attn_combine(parts, lse_parts, out=out, cu_seqlens=where)
+        rows = slice(8) if packed else slice(None)
+        assert result is out and (not packed or out[8:].isnan().all())
+        eps = max(torch.finfo(dtype).eps, 4 * torch.finfo(torch.float32).eps)
+        torch.testing.assert_close(out[rows].float(), exact[rows], rtol=eps, atol=1e-5)
+        torch.testing.assert_close(lse[rows], exact_lse[rows], rtol=1e-5, atol=1e-5)
+    alone, none = flash_attn_combine(parts, lse_parts, return_lse=False)
+    assert none is None and torch.equal(alone[rows], flash_attn_combine(parts, lse_parts, cu_seqlens=where)[0][rows])
+
+
+@PREFILL
+def test_wild_lengths_and_pages_touch_nothing_outside(device):
+    """Lengths beyond the table and page numbers beyond the pool are clamped: the simulator and memcheck watch."""
+    on = device.torch_device
+    q, k = rand(on, 2, 3, 4, 64), rand(on, 4, 16, 2, 64)
+    table = torch.tensor([[0, 99, -7], [2**31 - 1, 1, -(2**31)]], dtype=torch.int32, device=on)
+    for seqlen_q in (3, 20):
+        q = rand(on, 2, seqlen_q, 4, 64)
+        for used in ((48, 30), (1000, -5), (2**31 - 1, 2**31 - 1)):
+            out = flash_attn_func(q, k, k, page_table=table, seqused_k=ints(on, *used), causal=True)
+            assert out.isfinite().all()
+
+
+GRAPHS = {
+    "one split": Case([1] * 4, [900, 7, 300, 64], num_splits=1),
+    "splits": Case([1] * 4, [900, 7, 300, 64], num_splits=8, sink=BF16),
+    "chosen": Case([2] * 3, [900, 0, 300], num_splits=0, mask="local", window=(100, 0), slopes="heads"),
+    "float8": Case([1] * 4, [900, 7, 300, 64], num_splits=0, kv_dtype=E4M3, scales="each", head_dims=(128, 128)),
+    "prefill": Case([40] * 3, [900, 41, 300]),
+}  # fmt: skip
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", GRAPHS)
+def test_a_graph_follows_lengths_tables_and_keys(name, gpu):
+    """1,000 replays, everything but the shapes changed in place before each."""
+    case = GRAPHS[name]
+    q, k, v, lengths, options = serving_cases.steady(case, gpu)
+    table, used = lengths["page_table"], lengths["seqused_k"]
+    capacity = table.shape[1] * case.page_size
+    serving_cases.call(q, k, v, lengths, options)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out, lse = serving_cases.call(q, k, v, lengths, options)
+    k.copy_(torch.randn(k.shape, device=gpu))
+    v.copy_(torch.randn(v.shape, device=gpu))
+    formula = {name: value for name, value in options.items() if name not in SPEED}
+    for turn in range(1000):
+        q.copy_(torch.randn(q.shape, device=gpu))
+        table.copy_(torch.randint(0, len(k), table.shape, device=gpu))
+        used.copy_(torch.randint(0, capacity + 1, used.shape, device=gpu))
+        out.fill_(math.nan)
+        lse.fill_(math.nan)
+        graph.replay()
+        exact, exact_lse = reference.attention(q, k, v, **lengths, **formula)
+        rounded, rounded_lse = reference.attention(q, k, v, **lengths, **formula, dtype=None)
+        limit = 2 * largest_difference(rounded, exact) + torch.finfo(case.dtype).eps * serving_cases.top(exact) + SLACK
+        assert largest_difference(out, exact) <= limit, turn
+        limit = 2 * largest_difference(rounded_lse, exact_lse) + LSE_SLACK
+        assert largest_difference(lse, exact_lse) <= limit, turn
+
+
+@pytest.mark.gpu
+def test_a_decode_call_waits_for_nothing(gpu):
+    case = GRAPHS["splits"]
+    q, k, v, lengths, options = serving_cases.steady(case, gpu)
+    serving_cases.call(q, k, v, lengths, options)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        serving_cases.call(q, k, v, lengths, options)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.gpu
+def test_splits_on_two_streams_at_a_time(gpu):
+    case = Case([1] * 4, [900, 700, 300, 64], num_splits=8)
+    q, k, v, lengths, options = serving_cases.steady(case, gpu)
+    expected, _ = serving_cases.call(q, k, v, lengths, options)
+    torch.cuda.synchronize()
+    streams, found = [torch.cuda.Stream() for _ in range(2)], []
+    for _ in range(200):
+        for stream in streams:
+            with torch.cuda.stream(stream):
+                found.append(serving_cases.call(q, k, v, lengths, options)[0])
+    torch.cuda.synchronize()
+    for out in found:
+        assert torch.equal(out, expected)
