@@ -49,6 +49,7 @@ def test_paged_prefill(device):
     each(prefill(device), lambda case: serving_cases.run(case, device.torch_device))
 
 
+@RANDOM_PREFILL
 def test_padded_prefill(device):
     each(prefill(device), lambda case: serving_cases.run_padded(case, device.torch_device))
 
