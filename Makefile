@@ -1,6 +1,8 @@
-# make demo, make test: each sets up what it needs in .venv first. PYTHON names the interpreter to start from, 3.10 to 3.13.
+# make demo, make test: each sets up what it needs in .venv first. PYTHON names the interpreter to start from, 3.10 to 3.13;
+# WORKERS says how many tests run at a time.
 
 PYTHON ?= python3
+WORKERS ?= 2
 RUN := .venv/bin/python
 READY := .venv/ready
 
@@ -12,7 +14,7 @@ demo: $(READY)
 	$(RUN) -m flash_attn_sm120 compile --arch sm_120a,sm_121a
 
 test: $(READY) lint
-	$(RUN) -m pytest -q
+	$(RUN) -m pytest -q -n $(WORKERS) --dist worksteal
 
 lint: $(READY)
 	$(RUN) -m ruff check .

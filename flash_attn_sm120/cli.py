@@ -20,7 +20,13 @@ if TYPE_CHECKING:
 
 ARCHES = ("sm_120a", "sm_121a")
 PACKAGES = ("torch", "nvidia-cutlass-dsl", "apache-tvm-ffi")
-SHORT = {"bfloat16": "bf16", "float16": "fp16"}
+SHORT = {
+    "bfloat16": "bf16",
+    "float16": "fp16",
+    "float32": "fp32",
+    "float8_e4m3fn": "e4m3",
+    "float8_e5m2": "e5m2",
+}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -211,9 +217,9 @@ def _show_results(results: list[Result]) -> int:
 
 def run_compile(arches: Sequence[str]) -> int:
     """Every variant for each target. 1 if one spills or keeps fewer than two matrix warps on a sub-partition."""
-    from flash_attn_sm120.dispatch import variants
     from flash_attn_sm120.sass import GET_NVDISASM, find_nvdisasm
     from flash_attn_sm120.static_model import ASSUMPTIONS
+    from flash_attn_sm120.variants import variants
 
     jobs = [(arch, problem) for arch in arches for problem in variants()]
     measured = [measure(problem, arch) for arch, problem in progress(jobs, "compile")]
@@ -283,6 +289,10 @@ def label(problem: AttentionProblem) -> str:
     words = [SHORT[problem.dtype], f"{problem.head_dim}/{problem.head_dim_v}", problem.mask]
     packed = {(True, True): "packed", (True, False): "packed q", (False, True): "packed k"}
     words.append(packed.get((problem.packed_q, problem.packed_k), ""))
-    words += [name for name in ("seqused_q", "seqused_k", "softcap", "lse") if getattr(problem, name)]
+    words.append(f"pages of {problem.page_size}" if problem.paged else "")
+    words.append(problem.kv_dtype and f"{SHORT[problem.kv_dtype]} KV")
+    words.append(problem.sink and f"{SHORT[problem.sink]} sink")
+    flags = ("seqused_q", "seqused_k", "softcap", "alibi", "chunked", "context_parallel", "k_descale", "v_descale")
+    words += [name for name in (*flags, "lse") if getattr(problem, name)]
     words.append("" if problem.tma_strides else "repeated rows")
     return " ".join(filter(None, words))

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from flash_attn_sm120.problem import AttentionProblem, padded
-
-ELEMENT_BYTES = 2
+from flash_attn_sm120.problem import ELEMENT_BYTES, AttentionProblem, padded
 
 
 @dataclass(frozen=True, slots=True)

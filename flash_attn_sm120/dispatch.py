@@ -8,9 +8,8 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from flash_attn_sm120.decode_plan import decode_memory, decode_row
-from flash_attn_sm120.problem import DTYPES, FP8_DTYPES, MASKS, AttentionProblem, CombineProblem, padded
+from flash_attn_sm120.problem import ELEMENT_BYTES, MASKS, AttentionProblem, CombineProblem, padded
 
-ELEMENT_BYTES = 2
 BARRIER_BYTES = 64  # mbarriers, behind the note
 MAX_SPLITS = 64  # parts of a sequence in a decode
 TILE_NOTE_BYTES = 48  # what a thread block writes down instead of keeping it in registers, behind the tiles
@@ -88,14 +87,33 @@ FORWARD_TMA_TILES = (
     *FORWARD_TILES[2:],
 )
 TILES = {"forward": FORWARD_TILES, "forward_tma": FORWARD_TMA_TILES}
-# A thread's registers once they have changed hands, loading and matrix, by kernel and matrix warps: together what the
-# equal shares of the launch had.
+# A thread's registers once they have changed hands, loading and matrix, by way of loading, matrix warps and tile_n:
+# together what the equal shares of the launch had.
 REGISTERS = {
-    ("forward", 4): (32, 224),
-    ("forward", 8): (24, 240),
-    ("forward_tma", 4): (24, 232),
-    ("forward_tma", 8): (24, 240),
+    ("cp_async", 4, 32): (32, 224),
+    ("cp_async", 4, 64): (32, 224),
+    ("cp_async", 8, 32): (24, 240),
+    ("cp_async", 8, 64): (24, 240),
+    ("pages", 4, 32): (32, 224),
+    ("pages", 4, 64): (32, 224),
+    ("pages", 8, 32): (40, 232),
+    ("pages", 8, 64): (40, 232),
+    ("fp8", 4, 32): (40, 216),
+    ("fp8", 4, 64): (40, 216),
+    ("fp8", 8, 32): (40, 232),
+    ("fp8", 8, 64): (56, 224),
+    ("tma", 4, 32): (24, 232),
+    ("tma", 4, 64): (24, 232),
+    ("tma", 8, 32): (24, 240),
+    ("tma", 8, 64): (24, 240),
 }
+
+
+def loading_way(kernel: str, problem: AttentionProblem) -> str:
+    """How a prefill kernel's tiles come into shared memory."""
+    if kernel == "forward_tma":
+        return "tma"
+    return "fp8" if problem.kv_dtype else "pages" if problem.paged else "cp_async"
 
 
 def smem_bytes(problem: AttentionProblem, row: TileRow) -> int:
@@ -110,7 +128,7 @@ def smem_bytes(problem: AttentionProblem, row: TileRow) -> int:
 SPARSE = ("block_sparse", "dropout")
 SERVING = ("paged", "kv_dtype", "k_descale", "v_descale", "sink", "alibi", "chunked", "context_parallel")
 EXCLUDED = {
-    "forward": (*SERVING, *SPARSE, "decode", "split"),
+    "forward": (*SPARSE, "decode", "split"),
     "forward_tma": ("varlen", *SERVING, *SPARSE, "decode", "split"),
     "decode": SPARSE,
     "combine": ("seqused", "sink"),
@@ -181,7 +199,7 @@ def plan_for(kernel: str, problem: AttentionProblem, arch: str = "sm_120a") -> P
     )
     if compute_capability(arch) < 9:  # registers can't change hands, so one block has all of them
         return replace(plan, blocks_per_sm=1)
-    loading, matrix = REGISTERS[kernel, row.num_warps]
+    loading, matrix = REGISTERS[loading_way(kernel, problem), row.num_warps, row.tile_n]
     return replace(plan, loading_registers=loading, matrix_registers=matrix)
 
 
@@ -195,57 +213,3 @@ def choose(problem: AttentionProblem | CombineProblem, arch: str = "sm_120a") ->
         return None
     kernel = next(name for name in ("forward_tma", "forward", "decode") if can_implement(name, problem, arch))
     return plan_for(kernel, problem, arch)
-
-
-HEAD_DIMS = ((64, 64), (80, 80), (96, 96), (128, 128), (192, 128), (192, 192), (256, 256))
-
-
-def variants() -> list[AttentionProblem]:
-    """What `compile`, the demo and the tests build: one problem for each way in which the machine code can differ."""
-    problems = []
-    packed = {"packed_q": True, "packed_k": True}
-    for head_dim, head_dim_v in HEAD_DIMS:
-        for mask in MASKS:
-            problems.append(AttentionProblem("bfloat16", head_dim, head_dim_v, mask=mask, lse=True))
-        problems.append(AttentionProblem("bfloat16", head_dim, head_dim_v, mask="causal", lse=True, **packed))
-    for mask in MASKS:
-        problems.append(AttentionProblem("float16", 128, 128, mask=mask))
-        problems.append(AttentionProblem("bfloat16", 128, 128, mask=mask, softcap=True, lse=True))
-        problems.append(AttentionProblem("float16", 128, 128, mask=mask, lse=True, tma_strides=False))
-        problems.append(AttentionProblem("bfloat16", 128, 128, mask=mask, softcap=True, tma_strides=False))
-        problems.append(AttentionProblem("bfloat16", 128, 128, mask=mask, **packed))
-        problems.append(AttentionProblem("float16", 128, 128, mask=mask, lse=True, seqused_q=True, seqused_k=True))
-        problems.append(AttentionProblem("bfloat16", 128, 128, mask=mask, packed_q=True, seqused_k=True, lse=True))
-    problems.append(AttentionProblem("bfloat16", 256, 256, mask="local", softcap=True, lse=True))
-    problems.append(AttentionProblem("bfloat16", 40, 72, mask="causal", lse=True))
-    problems.append(AttentionProblem("float16", 8, 256, lse=True))
-    problems.append(AttentionProblem("float16", 32, 192, mask="causal", lse=True))
-    return list(dict.fromkeys(problems))
-
-
-def decode_variants() -> list[AttentionProblem]:
-    """variants() of the decode kernel, whole and split: launched with partials, they have no place in variants()."""
-    paged = {"page_size": 16, "seqused_k": True}
-    shapes = [("bfloat16", d, dv, {**paged, "mask": "causal", "lse": True}) for d, dv in HEAD_DIMS]
-    plain = [
-        {},
-        {"packed_q": True, "packed_k": True, "mask": "causal"},
-        {"seqused_k": True, "mask": "local", "softcap": True},
-        {"packed_q": True, "seqused_q": True, **paged, "mask": "local", "lse": True},
-        {**paged, "page_size": 8, "sink": "float32", "mask": "causal"},
-        {**paged, "page_size": 784, "sink": "bfloat16", "alibi": True, "lse": True},
-        {**paged, "mask": "causal", "chunked": True},
-        {**paged, "mask": "causal", "context_parallel": True, "lse": True},
-    ]
-    shapes += [("float16", 128, 128, options) for options in plain]
-    scales = {"k_descale": True, "v_descale": True}
-    for kv_dtype in FP8_DTYPES:
-        options = {**paged, **scales, "kv_dtype": kv_dtype, "mask": "causal", "lse": True}
-        shapes += [(dtype, d, d, options) for dtype in DTYPES for d in (64, 128, 256)]
-    shapes.append(("bfloat16", 192, 128, {**paged, "kv_dtype": FP8_DTYPES[0], "mask": "local", "softcap": True}))
-    problems = [
-        AttentionProblem(dtype, d, dv, decode=True, split=split, **options)
-        for dtype, d, dv, options in shapes
-        for split in (False, True)
-    ]
-    return list(dict.fromkeys(problems))

@@ -8,6 +8,7 @@ MAX_HEAD_DIM = 256
 DTYPES = ("bfloat16", "float16")
 FP8_DTYPES = ("float8_e4m3fn", "float8_e5m2")
 MASKS = ("full", "causal", "local")
+ELEMENT_BYTES = 2  # of q, out and all that the matrix instructions read
 
 
 def padded(head_dim: int) -> int:

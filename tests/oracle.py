@@ -2,6 +2,7 @@
 
 import itertools
 import math
+from dataclasses import fields
 
 import torch
 
@@ -61,6 +62,11 @@ def assert_right(q, k, v, *, out=None, with_lse=True, clean=None, **options):
 
 
 def variant_name(problem: AttentionProblem) -> str:
-    flags = ("softcap", "lse", "packed_q", "packed_k", "seqused_q", "seqused_k")
-    on = [flag for flag in flags if getattr(problem, flag)] + ["repeated"] * (not problem.tma_strides)
+    """What differs from the default."""
+    shape = ("dtype", "head_dim", "head_dim_v", "mask", "tma_strides")
+    on = [] if problem.tma_strides else ["repeated"]
+    for field in fields(problem):
+        value = getattr(problem, field.name)
+        if value and field.name not in shape:
+            on.append(field.name if value is True else f"{field.name}_{value}")
     return "-".join([problem.dtype, f"{problem.head_dim}x{problem.head_dim_v}", problem.mask, *on])

@@ -34,6 +34,8 @@ class Case:
     layout: str = "rows first"
     shared: bool = False
     packed: bool = True
+    used: bool | None = None  # whether seqused_q is given; None: where rows aren't packed
+    lse: bool = True
     mask: str = "causal"
     window: tuple = (None, None)
     softcap: float = 0.0
@@ -113,17 +115,17 @@ def options_of(case: Case, device) -> dict:
 def queries(case: Case, device) -> tuple[torch.Tensor, dict]:
     """q and its lengths; rows that no sequence has are NaN."""
     lengths, longest = case.lengths_q, max(case.lengths_q)
+    used = not case.packed if case.used is None else case.used
     room = longest + case.spare if longest > DECODE_ROWS else min(longest + case.spare, DECODE_ROWS)
     rows = (sum(lengths) + case.spare,) if case.packed else (len(lengths), room)
     q = torch.full((*rows, case.heads, case.head_dims[0]), math.nan, dtype=case.dtype, device=device)
     start = 0
     for b, length in enumerate(lengths):
-        own = q[start : start + length] if case.packed else q[b, :length]
+        own = q[start : start + length] if case.packed else q[b, : length if used else room]
         own.copy_(torch.randn(own.shape, device=device))
         start += length
-    if case.packed:
-        return q, {"cu_seqlens_q": marks(device, *lengths), "max_seqlen_q": longest}
-    return q, {"seqused_q": ints(device, *lengths)}
+    found = {"cu_seqlens_q": marks(device, *lengths), "max_seqlen_q": longest} if case.packed else {}
+    return q, found | ({"seqused_q": ints(device, *lengths)} if used else {})
 
 
 def sequences(case: Case, device) -> list[tuple[torch.Tensor, torch.Tensor]]:
@@ -181,7 +183,7 @@ def run(case: Case, device) -> None:
     torch.manual_seed(case.seed)
     q, lengths_q = queries(case, device)
     k, v, lengths_k = pools(case, sequences(case, device), device)
-    assert_right(q, k, v, **lengths_q, **lengths_k, **options_of(case, device))
+    assert_right(q, k, v, with_lse=case.lse, **lengths_q, **lengths_k, **options_of(case, device))
 
 
 def run_padded(case: Case, device) -> None:
@@ -194,7 +196,8 @@ def run_padded(case: Case, device) -> None:
     for b, pair in enumerate(keys):
         for tensor, rows in zip((k, v), pair, strict=True):
             tensor[b, : len(rows)] = rows
-    assert_right(q, k, v, **lengths_q, seqused_k=ints(device, *case.lengths_k), **options_of(case, device))
+    lengths_k = {"seqused_k": ints(device, *case.lengths_k)}
+    assert_right(q, k, v, with_lse=case.lse, **lengths_q, **lengths_k, **options_of(case, device))
 
 
 def named(case: Case, out: torch.Tensor, lse: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -10,10 +10,11 @@ from oracle import variant_name
 
 from flash_attn_sm120 import compile as compiler
 from flash_attn_sm120 import cubin
-from flash_attn_sm120.dispatch import choose, decode_memory, decode_variants, variants
+from flash_attn_sm120.dispatch import choose, decode_memory
 from flash_attn_sm120.occupancy import RESERVED_BYTES, occupancy
 from flash_attn_sm120.problem import AttentionProblem, CombineProblem, padded
 from flash_attn_sm120.static_model import predict
+from flash_attn_sm120.variants import decode_variants, variants
 
 
 @pytest.mark.parametrize("arch", ["sm_120a", "sm_121a"])

@@ -12,6 +12,7 @@ import pytest
 import flash_attn_sm120
 from flash_attn_sm120 import dispatch
 from flash_attn_sm120.problem import AttentionProblem
+from flash_attn_sm120.variants import variants
 
 PACKAGE = Path(flash_attn_sm120.__file__).parent
 SOURCES = sorted([*PACKAGE.glob("kernels/*.py"), *PACKAGE.glob("device/*.py")])
@@ -105,7 +106,7 @@ def test_sources_are_there():
 
 
 def test_varlen_never_takes_tma():
-    for problem in dispatch.variants() if hasattr(dispatch, "variants") else [AttentionProblem("float16", 64, 64)]:
+    for problem in variants():
         for packed in (False, True):
             for seqused in (False, True):
                 mixed = {"packed_q": packed, "packed_k": packed, "seqused_q": seqused, "seqused_k": seqused}

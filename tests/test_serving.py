@@ -37,19 +37,10 @@ def decode(device):
     return cases(rows=16, keys=keys, most_heads=most_heads, splits=(0, 32))
 
 
-AWAITED = {"raises": NotImplementedError, "reason": "no prefill kernel takes it yet"}
-PREFILL = pytest.mark.xfail(strict=True, **AWAITED)
-RANDOM_PREFILL = pytest.mark.xfail(
-    strict=False, **AWAITED
-)  # a few cases may all have so few rows that decode takes them
-
-
-@RANDOM_PREFILL
 def test_paged_prefill(device):
     each(prefill(device), lambda case: serving_cases.run(case, device.torch_device))
 
 
-@RANDOM_PREFILL
 def test_padded_prefill(device):
     each(prefill(device), lambda case: serving_cases.run_padded(case, device.torch_device))
 
@@ -66,7 +57,6 @@ def test_splits_change_nothing(device):
     each(decode(device), lambda case: serving_cases.run_split_and_whole(case, device.torch_device))
 
 
-@RANDOM_PREFILL
 def test_ranks_of_a_prefill(device):
     pairs = st.tuples(prefill(device), st.integers(2, 4))
     each(pairs, lambda pair: serving_cases.run_ranks(*pair, device.torch_device))
@@ -79,7 +69,7 @@ def test_ranks_of_a_decode(device):
 
 @pytest.mark.parametrize("page_size", sorted(set(serving_cases.PAGE_SIZES)))
 @pytest.mark.parametrize("kv_dtype", [None, E4M3])
-@pytest.mark.parametrize("rows", [1, pytest.param(40, marks=PREFILL)])
+@pytest.mark.parametrize("rows", [1, 40])
 def test_every_page_size(rows, kv_dtype, page_size, device):
     case = Case(
         [rows, 1, rows], [130, 0, 61], page_size=page_size, kv_dtype=kv_dtype, head_dims=(128, 128), shared=True
@@ -88,27 +78,27 @@ def test_every_page_size(rows, kv_dtype, page_size, device):
 
 
 @pytest.mark.parametrize("layout", serving_cases.LAYOUTS)
-@pytest.mark.parametrize("rows", [2, pytest.param(40, marks=PREFILL)])
+@pytest.mark.parametrize("rows", [2, 40])
 def test_every_pool(rows, layout, device):
     case = Case([rows, rows - 1], [90, 47], layout=layout, mask="local", window=(20, 3), packed=False, spare=2)
     serving_cases.run(case, device.torch_device)
 
 
 @pytest.mark.parametrize("kv_dtype", [None, E4M3])
-@pytest.mark.parametrize("rows", [1, pytest.param(20, marks=PREFILL)])
+@pytest.mark.parametrize("rows", [1, 20])
 def test_keys_far_outside_a_window_are_not_read(rows, kv_dtype, device):
     case = Case([rows, 1], [700, 900], mask="local", window=(30, 0), heads_kv=1, kv_dtype=kv_dtype)
     serving_cases.run_far_window(case, device.torch_device, 256)
 
 
-@pytest.mark.parametrize("rows", [1, pytest.param(30, marks=PREFILL)])
+@pytest.mark.parametrize("rows", [1, 30])
 @pytest.mark.parametrize("chunk", [16, 48, 1000])
 def test_chunks_end_where_pages_do_and_do_not(rows, chunk, device):
     serving_cases.run(Case([rows, rows], [96, 131], chunk=chunk, mask="full"), device.torch_device)
     serving_cases.run(Case([rows, rows], [96, 131], chunk=chunk, mask="causal"), device.torch_device)
 
 
-@pytest.mark.parametrize("seqlen_q", [1, pytest.param(20, marks=PREFILL)])
+@pytest.mark.parametrize("seqlen_q", [1, 20])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_rows_that_see_nothing_have_the_sink(dtype, seqlen_q, device):
     on = device.torch_device
@@ -142,7 +132,6 @@ def test_combine(packed, num_splits, device):
     assert none is None and torch.equal(alone[rows], flash_attn_combine(parts, lse_parts, cu_seqlens=where)[0][rows])
 
 
-@PREFILL
 def test_wild_lengths_and_pages_touch_nothing_outside(device):
     """Lengths beyond the table and page numbers beyond the pool are clamped: the simulator and memcheck watch."""
     on = device.torch_device

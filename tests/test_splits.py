@@ -4,9 +4,10 @@ from dataclasses import replace
 
 import pytest
 
-from flash_attn_sm120.dispatch import MAX_SPLITS, choose, decode_variants
+from flash_attn_sm120.dispatch import MAX_SPLITS, choose
 from flash_attn_sm120.problem import AttentionProblem
 from flash_attn_sm120.splits import Splits, choose_splits
+from flash_attn_sm120.variants import decode_variants
 
 PROBLEM = AttentionProblem("bfloat16", 128, 128, decode=True)
 SMS = 132

@@ -4,17 +4,54 @@
 """
 
 import pytest
+import serving_cases
 import torch
 from oracle import assert_right, ints, marks, rand, variant_name
+from serving_cases import Case
 
 from flash_attn_sm120 import calls, launchers
-from flash_attn_sm120.dispatch import variants
-from flash_attn_sm120.problem import AttentionProblem
+from flash_attn_sm120.problem import AttentionProblem, CombineProblem
+from flash_attn_sm120.variants import serving_variants, variants
 
 LENGTHS_Q, LENGTHS_K = (37, 1, 130), (150, 20, 67)
+COMBINE = CombineProblem("float16", 128, lse=True)  # of the ranks of a context-parallel variant
 
 
 def run_variant(problem: AttentionProblem, device: torch.device) -> None:
+    if problem in serving_variants():
+        run_serving_variant(problem, device)
+    else:
+        run_plain_variant(problem, device)
+
+
+def run_serving_variant(problem: AttentionProblem, device: torch.device) -> None:
+    case = Case(
+        [*LENGTHS_Q],
+        [*LENGTHS_K],
+        head_dims=(problem.head_dim, problem.head_dim_v),
+        dtype=getattr(torch, problem.dtype),
+        kv_dtype=getattr(torch, problem.kv_dtype, None),
+        page_size=problem.page_size,
+        packed=problem.packed_q,
+        used=problem.seqused_q,
+        lse=problem.lse,
+        mask=problem.mask,
+        window=(50, 9),
+        softcap=3.0 * problem.softcap,
+        sink=getattr(torch, problem.sink, None),
+        slopes="heads" if problem.alibi else "",
+        scales="each" if problem.k_descale else "",
+        chunk=64 * problem.chunked,
+    )
+    if problem.context_parallel:
+        serving_cases.run_ranks(case, 2, device)
+    elif problem.paged:
+        serving_cases.run(case, device)
+    else:
+        serving_cases.run_padded(case, device)
+
+
+def run_plain_variant(problem: AttentionProblem, device: torch.device) -> None:
     dtype = getattr(torch, problem.dtype)
 
     def rows(lengths, packed):
@@ -47,10 +84,10 @@ def run_variant(problem: AttentionProblem, device: torch.device) -> None:
 def test_variant(problem, device, monkeypatch):
     met = []
     load = launchers.load
-    monkeypatch.setattr(launchers, "load", lambda problem, device: met.append(problem) or load(problem, device))
+    monkeypatch.setattr(launchers, "load", lambda problem, *rest: met.append(problem) or load(problem, *rest))
     calls.forget()
     run_variant(problem, device.torch_device)
-    assert met == [problem]
+    assert set(met) - {COMBINE} == {problem}
 
 
 if __name__ == "__main__":

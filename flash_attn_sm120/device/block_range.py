@@ -1,27 +1,12 @@
-"""Which KV blocks a Q tile visits, and which of them need a mask. Plain arithmetic, on ints or Int32.
-
-A query row sees the columns [row + shift - window_left, row + shift + window_right] that exist, where
-shift = seqlen_k - seqlen_q aligns the last row with the last column; causal is window_right = 0.
-"""
+"""Which KV blocks a Q tile visits, and which of them need a mask. Plain arithmetic, on ints or Int32."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import Any
 
-Int = Any  # int or cutlass.Int32
-
-
-def _minimum(a: Int, b: Int) -> Int:
-    if isinstance(a, int) and isinstance(b, int):
-        return min(a, b)
-    from cutlass import cutlass_dsl
-
-    return cutlass_dsl.min(a, b)
-
-
-def _maximum(a: Int, b: Int) -> Int:
-    return -_minimum(-a, -b)
+from flash_attn_sm120.device.visible import Int, maximum, minimum, starts_at_first, visible_columns
+from flash_attn_sm120.problem import AttentionProblem
 
 
 @dataclass(frozen=True)
@@ -39,21 +24,25 @@ class BlockRange:
 
 
 def block_range(
-    mask: str, m_block: Int, tile_m: int, tile_n: int, seqlen_q: Int, seqlen_k: Int, window_left: Int, window_right: Int
+    problem: AttentionProblem,
+    m_block: Int,
+    tile_m: int,
+    tile_n: int,
+    seqlen_q: Int,
+    seqlen_k: Int,
+    total_k: Int,
+    numbers: Any,
 ) -> BlockRange:
+    """total_k and numbers as visible_columns takes them. What the first and the last row see bounds all between."""
+    shift = total_k - seqlen_q
     first_row = m_block * tile_m
-    last_row = _minimum(first_row + tile_m, seqlen_q) - 1
-    shift = seqlen_k - seqlen_q
-    columns, full_columns = seqlen_k, seqlen_k
-    if mask != "full":
-        right = window_right if mask == "local" else 0
-        columns = _maximum(_minimum(seqlen_k, last_row + shift + right + 1), 0)
-        full_columns = _maximum(_minimum(seqlen_k, first_row + shift + right + 1), 0)
-    end = (columns + tile_n - 1) // tile_n
-    right_edge = _minimum(full_columns // tile_n, end)
-    begin, left_edge = 0, 0
-    if mask == "local":
-        begin = _minimum(_maximum(first_row + shift - window_left, 0) // tile_n, end)
-        left_edge = _minimum((_maximum(last_row + shift - window_left, 0) + tile_n - 1) // tile_n, end)
-        left_edge = _maximum(left_edge, begin)
+    last_row = minimum(first_row + tile_m, seqlen_q) - 1
+    first_begin, first_end = visible_columns(problem, first_row + shift, seqlen_k, total_k, numbers)
+    last_begin, last_end = visible_columns(problem, last_row + shift, seqlen_k, total_k, numbers)
+    end = (last_end + tile_n - 1) // tile_n
+    right_edge = minimum(first_end // tile_n, end)
+    if starts_at_first(problem):
+        return BlockRange(0, end, 0, right_edge)
+    begin = minimum(first_begin // tile_n, end)
+    left_edge = maximum(minimum((last_begin + tile_n - 1) // tile_n, end), begin)
     return BlockRange(begin, end, left_edge, right_edge)

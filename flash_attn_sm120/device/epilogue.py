@@ -6,7 +6,8 @@ import cutlass
 from cutlass import Float32, Int32, Int64, cute
 
 from flash_attn_sm120.device.ptx import load_shared_v4, pack_pair, store_global_v4, store_shared_b32
-from flash_attn_sm120.device.tile import ELEMENT_BYTES, VECTOR, TileLayout
+from flash_attn_sm120.device.tile import VECTOR, TileLayout
+from flash_attn_sm120.problem import ELEMENT_BYTES
 
 
 def stage_output(layout: TileLayout, shared: Int32, tOrO, factors: list[Float32], lane: Int32, dtype: str) -> None:

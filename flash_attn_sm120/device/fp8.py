@@ -14,6 +14,7 @@ from cutlass import Float32, Int32, Int64, cute
 
 from flash_attn_sm120.device.decode_gemm import HeldQ, ScoreSum
 from flash_attn_sm120.device.ptx import (
+    absolute,
     byte_permute,
     fp8_to_f16,
     load_global_b32,
@@ -21,12 +22,50 @@ from flash_attn_sm120.device.ptx import (
     load_shared_v4,
     mma_m16n8k16,
     pack_pair,
+    store_shared_v4,
 )
 from flash_attn_sm120.device.softmax import quad_reduce
+from flash_attn_sm120.device.tile import VECTOR, TileLayout
 
 KINDS = {"float8_e4m3fn": "e4m3", "float8_e5m2": "e5m2"}
 TOP_EXPONENT = 14  # of the largest element of a row of Q in f16; its own largest is 15
 PAIRS_LOW, PAIRS_HIGH = 0x5140, 0x7362  # bytes 0 and 1, or 2 and 3, of two words in turn
+
+
+def floats(pair: Int32) -> tuple[Float32, Float32]:
+    """A packed pair of bf16, low first."""
+    return (pair << 16).bitcast(Float32), (pair & Int32(-65536)).bitcast(Float32)
+
+
+def f16_scale(largest: Float32) -> tuple[Float32, Float32]:
+    """(power of two that brings a row with this largest absolute value to the top of f16's range, its inverse)."""
+    exponent = (largest.bitcast(Int32) >> 23) & 255
+    exponent = cutlass.min(cutlass.max(exponent, Int32(TOP_EXPONENT + 1)), Int32(254))
+    up = ((127 + 127 + TOP_EXPONENT - exponent) << 23).bitcast(Float32)
+    return up, ((exponent - TOP_EXPONENT) << 23).bitcast(Float32)
+
+
+def rows_to_f16(layout: TileLayout, shared: Int32, rows: int, lane: Int32) -> list[Float32]:
+    """A warp's `rows` rows of bf16 in shared memory become f16. Returns what the scores of each of the thread's rows,
+    8 apart, have to be multiplied by for it."""
+    row, sharers = lane % rows, 32 // rows
+    places = []
+    for first in range(0, layout.cols // VECTOR, sharers):
+        chunk, unit = divmod(first, layout.units)
+        places.append(shared + (layout.unit_offset(row, unit + lane // rows) + chunk * layout.chunk_bytes))
+    largest = Float32(0.0)
+    for place in places:
+        for pair in load_shared_v4(place):
+            for value in floats(pair):
+                largest = cute.arch.fmax(largest, absolute(value))
+    if sharers == 2:
+        largest = cute.arch.fmax(largest, cute.arch.shuffle_sync_bfly(largest, offset=rows))
+    up, down = f16_scale(largest)
+    for place in places:
+        pairs = [[value * up for value in floats(pair)] for pair in load_shared_v4(place)]
+        store_shared_v4(place, [pack_pair(low, high, "f16") for low, high in pairs])
+    cute.arch.sync_warp()
+    return [cute.arch.shuffle_sync(down, 8 * r + lane // 4) for r in range(rows // 8)]
 
 
 class Keys8(HeldQ):
@@ -77,22 +116,16 @@ class Keys8(HeldQ):
 
     def _to_f16(self, words: list, r: int) -> Float32:
         """Pairs of bf16 of row r become pairs of f16; returns what scores of the row have to be multiplied by."""
-        values = [[self._floats(pair) for pair in step[r]] for step in words]
+        values = [[floats(pair) for pair in step[r]] for step in words]
         largest = Float32(0.0)
         for low, high in (pair for step in values for pair in step):
             for value in (low, high):
                 largest = cute.arch.fmax(largest, cute.arch.fmax(value, -value))
         largest = quad_reduce(largest, cute.arch.fmax)
-        exponent = (largest.bitcast(Int32) >> 23) & 255
-        exponent = cutlass.min(cutlass.max(exponent, Int32(TOP_EXPONENT + 1)), Int32(254))
-        up = ((127 + 127 + TOP_EXPONENT - exponent) << 23).bitcast(Float32)
+        up, down = f16_scale(largest)
         for step, pairs in zip(words, values, strict=True):
             step[r] = [pack_pair(low * up, high * up, "f16") for low, high in pairs]
-        return ((exponent - TOP_EXPONENT) << 23).bitcast(Float32)
-
-    @staticmethod
-    def _floats(pair: Int32) -> tuple[Float32, Float32]:
-        return (pair << 16).bitcast(Float32), (pair & Int32(-65536)).bitcast(Float32)
+        return down
 
     def scores(self, tSrQ: list, shared: Int32, tSrS: cute.Tensor) -> None:
         """tSrS = Q K^T"""

@@ -4,18 +4,38 @@ from __future__ import annotations
 
 from cutlass import Int32, Int64, cute
 
-from flash_attn_sm120.device.ptx import cp_async_16
+from flash_attn_sm120.device.block_range import BlockRange
+from flash_attn_sm120.device.paged_kv import LANES, KeysAndValues, RowSource, Sharing
+from flash_attn_sm120.device.ptx import lane_anew
 from flash_attn_sm120.device.scheduler import Tile
-from flash_attn_sm120.device.seqlen import Sequence, head_address
-from flash_attn_sm120.device.tile import ELEMENT_BYTES, VECTOR, TileLayout
-
-LANES = 32
+from flash_attn_sm120.device.seqlen import Sequence
 
 
-class CpAsyncLoader:
-    """Brings the tiles of (m_block, head, batch) and of its KV head to `shared`, from tensors in any layout."""
+class QueryLoader:
+    """Brings the Q tile of (m_block, head, batch) to `shared`."""
+
+    q_arrivals = LANES
+
+    def __init__(self, config, mQ: cute.Tensor, shared: Int32, tile: Tile, seq_q: Sequence):
+        problem, layout = config.problem, config.layout_q
+        self.config, self.shared, self.tile, self.seq_q = config, shared, tile, seq_q
+        self.sharing = Sharing(lane_anew, LANES, layout.units, layout.rows, neighbours=False)
+        self.q = RowSource(mQ, layout, seq_q, tile.head, problem.packed_q, problem.head_dim)
+
+    def load_q(self, barrier: cute.Pointer) -> None:
+        first_row = self.tile.m_block * self.config.plan.tile_m
+        own = self.sharing.own()
+        start = Int64(first_row + own.first) * self.q.row_stride
+        self.q.load(own, self.shared, first_row, [start], None, self.seq_q.length)
+        cute.arch.cp_async_mbarrier_arrive_noinc(barrier)
+
+
+class CpAsyncLoader(QueryLoader):
+    """Q, and the tiles of its KV head, from tensors in any layout or from the pages of a pool."""
 
     arrivals = LANES
+    warps = 1
+    starts_early = True  # load_k and load_v may run before the block's warps have met
 
     def __init__(
         self,
@@ -27,57 +47,21 @@ class CpAsyncLoader:
         tile: Tile,
         seq_q: Sequence,
         seq_k: Sequence,
+        lengths,
     ):
-        problem = config.problem
-        self.config, self.shared, self.seq_q, self.seq_k = config, shared, seq_q, seq_k
-        self.lane = cute.arch.lane_idx()
-        self.first_row = tile.m_block * config.plan.tile_m
-        head_kv = tile.head // config.heads_per_kv(mQ, mK)
-        self.q = head_address(mQ, seq_q, tile.head, problem.packed_q)
-        self.k = head_address(mK, seq_k, head_kv, problem.packed_k)
-        self.v = head_address(mV, seq_k, head_kv, problem.packed_k)
+        super().__init__(config, mQ, shared, tile, seq_q)
+        head_kv = tile.head // (mQ.shape[-2] // mK.shape[-2])
+        self.keys = KeysAndValues(config, mK, mV, tile.batch, seq_k, head_kv, lengths, lane_anew)
+        self.keys.bounds = (None, seq_k.length)
 
-    def load_q(self, barrier: cute.Pointer) -> None:
-        config = self.config
-        self._load(config.layout_q, 0, self.q, self.first_row, config.problem.head_dim, self.seq_q.length, barrier)
+    def begin(self, blocks: BlockRange) -> None:
+        """Before the first load, of the last block."""
+        self.keys.hold(self.keys.page_numbers(blocks.end - 1), self.keys.page_numbers(blocks.end - 1))
 
     def load_k(self, n: Int32, barrier: cute.Pointer) -> None:
-        config, layout = self.config, self.config.layout_k
-        place = (config.offset_k, self.k, n * layout.rows)
-        self._load(layout, *place, config.problem.head_dim, self.seq_k.length, barrier)
+        self.keys.load_k(self.shared + self.config.offset_k, n, self.keys.turn(n - 1))
+        cute.arch.cp_async_mbarrier_arrive_noinc(barrier)
 
     def load_v(self, n: Int32, barrier: cute.Pointer) -> None:
-        config, layout = self.config, self.config.layout_v
-        place = (config.offset_v, self.v, n * layout.rows)
-        self._load(layout, *place, config.problem.head_dim_v, self.seq_k.length, barrier)
-
-    def _load(
-        self,
-        layout: TileLayout,
-        offset: int,
-        source: tuple[Int64, Int32],
-        first_row: Int32,
-        cols: int,
-        end_row: Int32,
-        barrier: cute.Pointer,
-    ) -> None:
-        """Rows from end_row on and columns from `cols` on become zeros. A lane takes one 16-byte unit of a row, in all
-        chunks of it, and every LANES // units-th row."""
-        address, stride = source
-        unit, row = self.lane % layout.units, self.lane // layout.units
-        rows_a_pass = LANES // layout.units
-        col = unit * VECTOR * ELEMENT_BYTES
-        address = address + Int64(first_row + row) * Int64(stride) + Int64(col)
-        step = Int64(stride * rows_a_pass)
-        for first in range(0, layout.rows, rows_a_pass):
-            # the swizzle's phase has a period of 8 rows, which a pass may be shorter than
-            target = self.shared + offset + layout.unit_offset(row + first % 8, unit)
-            present = first_row + row + first < end_row
-            for chunk in range(layout.chunks):
-                col_offset = chunk * layout.chunk_cols * ELEMENT_BYTES
-                whole = (chunk + 1) * layout.chunk_cols <= cols
-                size = Int32(present if whole else present & (col + col_offset < cols * ELEMENT_BYTES)) * 16
-                shared_offset = chunk * layout.chunk_bytes + first // 8 * 8 * layout.row_bytes
-                cp_async_16(target, address, size, shared_offset, col_offset)
-            address = address + step
+        self.keys.load_v(self.shared + self.config.offset_v, n, self.keys.held())
         cute.arch.cp_async_mbarrier_arrive_noinc(barrier)

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from cutlass import Int32, cute
 from cutlass.cute.nvgpu import cpasync
 
+from flash_attn_sm120.device.block_range import BlockRange
 from flash_attn_sm120.device.scheduler import Tile
 from flash_attn_sm120.device.tile import TileLayout
 
@@ -64,7 +65,11 @@ class TmaLoader:
     tile: Tile
     head_kv: Int32
 
-    arrivals = 1
+    q_arrivals = arrivals = warps = 1
+    starts_early = True
+
+    def begin(self, blocks: BlockRange) -> None:
+        pass
 
     def load_q(self, barrier: cute.Pointer) -> None:
         self.q.load(self.shared, self.tile.head, self.tile.batch, self.tile.m_block, barrier)

@@ -7,30 +7,35 @@ Warps of their own load; mbarriers say when a tile is full or free. Source of th
 from __future__ import annotations
 
 import itertools
+import math
 
 import cutlass
 from cutlass import Float32, Int32, Int64, cute
 
-from flash_attn_sm120.arguments import Numbers
+from flash_attn_sm120.arguments import Modifiers, Numbers
+from flash_attn_sm120.device.alibi import add_alibi
 from flash_attn_sm120.device.block_range import BlockRange
 from flash_attn_sm120.device.epilogue import stage_output, store_lse, store_output
+from flash_attn_sm120.device.fp8 import rows_to_f16
 from flash_attn_sm120.device.fragments import accumulators
 from flash_attn_sm120.device.gemm import pv_product, qk_product
-from flash_attn_sm120.device.mask import apply_mask
-from flash_attn_sm120.device.ptx import mbarrier_arrive_after, thread_anew
+from flash_attn_sm120.device.mask import apply_bounds, apply_mask
+from flash_attn_sm120.device.ptx import lane_anew, mbarrier_arrive_after, thread_anew
 from flash_attn_sm120.device.scheduler import (
+    Positions,
     Tile,
     read_block_count,
     read_blocks,
-    read_mask_bounds,
+    read_positions,
     read_tile_note,
     write_tile_note,
 )
 from flash_attn_sm120.device.seqlen import Sequence, head_address
 from flash_attn_sm120.device.softmax import OnlineSoftmax, apply_softcap
+from flash_attn_sm120.device.visible import is_band, visible_columns
 
 BARRIERS = ("q_full", "k_full", "k_free", "v_full", "v_free")
-Q_COLUMNS_KEPT = 240  # in registers, where Q is; head_dim 256 has none for the rest
+Q_COLUMNS_KEPT = 240  # in registers, where Q is; head_dim 256 leaves none for the rest
 MATRIX_BARRIER = 1  # named barrier of the matrix warps
 
 
@@ -42,16 +47,22 @@ class ForwardTile:
         config,
         tile: Tile,
         seq_q: Sequence,
-        seq_k: Sequence,
+        seqlen_k: Int32,
+        total_k: Int32,
+        modifiers: Modifiers,
         numbers: Numbers,
+        heads_per_kv: Int32,
     ):
-        self.config, self.tile, self.seq_q, self.seq_k = config, tile, seq_q, seq_k
+        """seqlen_k: keys; total_k: those of all context-parallel ranks. numbers: in base 2, softmax_scale with
+        k_descale in it."""
+        self.config, self.tile, self.modifiers, self.numbers = config, tile, modifiers, numbers
+        self.seq_q, self.seqlen_k, self.total_k, self.heads_per_kv = seq_q, seqlen_k, total_k, heads_per_kv
         problem, plan = config.problem, config.plan
         self.thread, _, _ = cute.arch.thread_idx()
         self.lane = cute.arch.lane_idx()
         self.warp = cute.arch.make_warp_uniform(cute.arch.warp_idx())
         self.first_row = tile.m_block * plan.tile_m
-        self.cap_scale, self.score_scale = numbers.softcap, numbers.softmax_scale
+        self.cap_scale = numbers.softcap
         self.window_left = numbers.window_left if problem.mask == "local" else None
         self.window_right = {"full": None, "causal": Int32(0), "local": numbers.window_right}[problem.mask]
 
@@ -64,16 +75,22 @@ class ForwardTile:
         self.note = self.shared + plan.note_offset
 
         m_frags = config.warp_rows // 16
-        self.softmax = OnlineSoftmax(m_frags, Float32(1.0) if problem.softcap else self.score_scale)
+        self.scales = [numbers.softmax_scale] * (2 * m_frags)  # of the thread's rows, 8 apart
+        self.softmax = OnlineSoftmax(m_frags)
         self.tSrS = accumulators(m_frags, plan.tile_n // 8)
         self.tOrO = accumulators(m_frags, config.layout_v.cols // 8)
         self.tOrO.fill(0.0)
 
+    def softmax_scales(self) -> list[Float32]:
+        """What softmax multiplies scores by: 1 where they have got their scale before."""
+        scaled = self.config.problem.softcap or self.config.problem.alibi
+        return [Float32(1.0)] * len(self.scales) if scaled else self.scales
+
     def write_note(self, blocks: BlockRange) -> None:
-        write_tile_note(self.note, self.first_row, self.tile, self.seq_q, self.seq_k.length, blocks)
+        write_tile_note(self.note, self.first_row, self.tile, self.seq_q, self.seqlen_k, self.total_k, blocks)
 
     def run(self, loader, blocks: BlockRange, mO: cute.Tensor, mLSE: cute.Tensor | None) -> None:
-        """The whole tile; loader: a TmaLoader or a CpAsyncLoader."""
+        """The whole tile; loader: a TmaLoader, a CpAsyncLoader or an Fp8Loader."""
         self.loader = loader
         self.start(blocks)
         self.play_role(blocks, mO, mLSE)
@@ -85,7 +102,7 @@ class ForwardTile:
         if self.warp >= plan.num_warps:
             if cutlass.const_expr(plan.hands_over_registers):
                 cute.arch.setmaxregister_decrease(plan.loading_registers)
-            if self.warp == plan.num_warps:
+            if self.warp < plan.num_warps + self.loader.warps:
                 self.feed(blocks)
         else:
             if cutlass.const_expr(plan.hands_over_registers):
@@ -98,24 +115,36 @@ class ForwardTile:
         """The loading warp makes the barriers and starts the first copies while the other warps get ready."""
         if self.warp == self.config.plan.num_warps:
             if self.lane == 0:
-                for name in BARRIERS:
-                    count = self.config.plan.num_warps if name.endswith("free") else self.loader.arrivals
+                for name, count in self.arrivals().items():
                     cute.arch.mbarrier_init(self.bars[name], count)
             cute.arch.mbarrier_init_fence()
             cute.arch.sync_warp()
             self.loader.load_q(self.bars["q_full"])
-            if blocks.begin < blocks.end:
-                self.loader.load_k(blocks.end - 1, self.bars["k_full"])
-                self.loader.load_v(blocks.end - 1, self.bars["v_full"])
+            if cutlass.const_expr(self.loader.starts_early):
+                if blocks.begin < blocks.end:
+                    self.loader.begin(blocks)
+                    self.loader.load_k(blocks.end - 1, self.bars["k_full"])
+                    self.loader.load_v(blocks.end - 1, self.bars["v_full"])
         if self.thread == 0:
             self.write_note(blocks)
         cute.arch.sync_threads()
 
+    def arrivals(self) -> dict[str, int]:
+        """That each barrier waits for."""
+        of = {"q": self.loader.q_arrivals, "k": self.loader.arrivals, "v": self.loader.arrivals}
+        return {
+            name: self.config.plan.num_warps if name.endswith("free") else of[name.removesuffix("_full")]
+            for name in BARRIERS
+        }
+
     @cute.jit
     def feed(self, blocks: BlockRange):
-        """The loading warp: each tile of K and V as soon as the place of the one before is free."""
+        """A loading warp: each tile of K and V as soon as the place of the one before is free."""
         bars = self.bars
-        for i in cutlass.range(1, blocks.end - blocks.begin, unroll=1):
+        if cutlass.const_expr(not self.loader.starts_early):
+            if blocks.begin < blocks.end:
+                self.loader.begin(blocks)
+        for i in cutlass.range(1 if self.loader.starts_early else 0, blocks.end - blocks.begin, unroll=1):
             n = blocks.end - 1 - i
             free = (i & 1) ^ 1
             cute.arch.mbarrier_wait(bars["k_free"], free)
@@ -128,6 +157,10 @@ class ForwardTile:
         """A matrix warp: the main loop on what the loading warp brings. The range of blocks is read from memory each
         time, as no register is to hold it through the products."""
         cute.arch.mbarrier_wait(self.bars["q_full"], 0)
+        if cutlass.const_expr(self.config.q_to_f16):
+            self.convert_q()
+        self.softmax.start(self.softmax_scales())
+        self.slope = self.load_slope() if self.config.problem.alibi else None
         self.tSrQ = self.keep_q() if self.config.plan.q_in_registers else {}
         i = Int32(0)
         while i < read_block_count(self.note):
@@ -146,9 +179,11 @@ class ForwardTile:
 
     def sees(self, n: Int32) -> cutlass.Boolean:
         """Whether any row of the warp sees any column of the block; a branch here costs nothing, unlike one inside."""
-        first_row, shift, _ = read_mask_bounds(self.note)
-        diagonal = first_row + thread_anew() // 32 * self.config.warp_rows + shift
         visible = cutlass.Boolean(True)
+        if self.config.problem.context_parallel:  # local columns say nothing of the distance
+            return visible
+        at = read_positions(self.note)
+        diagonal = at.first_row + (thread_anew() >> 5) * self.config.warp_rows + at.shift
         if self.window_right is not None:
             visible = n * self.config.plan.tile_n <= diagonal + (self.config.warp_rows - 1) + self.window_right
         if self.window_left is not None:
@@ -187,33 +222,71 @@ class ForwardTile:
         config = self.config
         sK = config.layout_k.matrix(self.shared, self.lane, config.offset_k, rows_first=False)
         sQ = config.layout_q.matrix(self.q_rows, self.lane)
-        qk_product(self.tSrQ, sQ, sK, self.tSrS, config.dtype)
+        qk_product(self.tSrQ, sQ, sK, self.tSrS, config.mma_dtype)
 
     @cute.jit
     def accumulate(self, n: Int32, masked: cutlass.Constexpr):
         config = self.config
         if cutlass.const_expr(config.problem.softcap):
-            apply_softcap(self.tSrS, self.score_scale, self.cap_scale)
+            apply_softcap(self.tSrS, self.scales, self.cap_scale)
+        if cutlass.const_expr(config.problem.alibi):
+            self.add_alibi(n)
         if cutlass.const_expr(masked):
             self.mask(n)
-        tOrP = self.softmax.update(self.tSrS, self.tOrO, config.dtype)
+        tOrP = self.softmax.update(self.tSrS, self.tOrO, config.mma_dtype)
         sV = config.layout_v.matrix(self.shared, self.lane, config.offset_v)
-        pv_product(sV, tOrP, self.tOrO, config.dtype)
+        pv_product(sV, tOrP, self.tOrO, config.mma_dtype)
+
+    def own_positions(self, at: Positions, thread: Int32) -> list[Int32]:
+        """Of the thread's rows."""
+        first = at.first_row + at.shift + (thread >> 5) * self.config.warp_rows + ((thread % 32) >> 2)
+        return [first + 8 * r for r in range(len(self.scales))]
+
+    def add_alibi(self, n: Int32) -> None:
+        thread, problem, first_col = thread_anew(), self.config.problem, n * self.config.plan.tile_n
+        scales = self.softmax_scales() if problem.softcap else self.scales
+        positions = self.own_positions(read_positions(self.note), thread)
+        slopes = [self.slope] * len(positions)
+        add_alibi(problem, self.tSrS, scales, slopes, positions, first_col, thread % 32, self.numbers)
 
     def mask(self, n: Int32) -> None:
-        first_row, shift, seqlen_k = read_mask_bounds(self.note)
-        thread = thread_anew()
-        row, col = first_row + thread // 32 * self.config.warp_rows, n * self.config.plan.tile_n
-        apply_mask(self.tSrS, row, col, thread % 32, seqlen_k, shift, self.window_left, self.window_right)
+        problem, at, thread = self.config.problem, read_positions(self.note), thread_anew()
+        first_col = n * self.config.plan.tile_n
+        if is_band(problem):
+            row = at.first_row + (thread >> 5) * self.config.warp_rows
+            edges = (at.seqlen_k, at.shift, self.window_left, self.window_right)
+            apply_mask(self.tSrS, row, first_col, thread % 32, *edges)
+            return
+        bounds = [
+            visible_columns(problem, position, at.seqlen_k, at.total_k, self.numbers)
+            for position in self.own_positions(at, thread)
+        ]
+        apply_bounds(self.tSrS, bounds, first_col, thread % 32)
+
+    def load_slope(self) -> Float32:
+        """In base 2."""
+        _, head, batch, _ = read_tile_note(self.note, self.config.problem.packed_q)
+        return self.modifiers.alibi_slopes[batch, head] * math.log2(math.e)
+
+    def convert_q(self) -> None:
+        """The warp's rows of Q become f16, as K and V are; what they were divided by goes into the scales."""
+        factors = rows_to_f16(self.config.layout_q, self.q_rows, self.config.warp_rows, lane_anew())
+        self.scales = [scale * factor for scale, factor in zip(self.scales, factors, strict=True)]
 
     def store(self, mO: cute.Tensor, mLSE: cute.Tensor | None) -> None:
         """Rows beyond the used length but inside the sequence's room become 0 and -inf."""
         config = self.config
         problem, layout = config.problem, config.layout_o
-        first_row, head, batch, seq_q = read_tile_note(self.note)
+        first_row, head, batch, seq_q = read_tile_note(self.note, problem.packed_q)
         row = first_row + self.warp_row
         constant = -0.5 * self.cap_scale if problem.softcap else 0.0
-        factors, lses = self.softmax.finish(row + self.lane // 4, seq_q.length, constant)
+        sink = None
+        if problem.sink:
+            sink = Float32(self.modifiers.learnable_sink[head]) * math.log2(math.e)
+        factors, lses = self.softmax.finish(row + self.lane // 4, seq_q.length, constant, sink)
+        if problem.v_descale:
+            descale = self.modifiers.v_descale[batch, head // self.heads_per_kv]
+            factors = [factor * descale for factor in factors]
         shared = self.shared + self.warp_row * layout.row_bytes
         cute.arch.sync_warp()
         stage_output(layout, shared, self.tOrO, factors, self.lane, config.dtype)

@@ -24,7 +24,7 @@ class DecodeSoftmax(OnlineSoftmax):
         own_max = [self._own_max(tSrS, r) for r in range(self.rows)]
         grown = Boolean(False)
         for r in cutlass.range_constexpr(self.rows):
-            grown = grown | ((own_max[r] - self.row_max[r]) * self.scale_log2 > GROWTH)
+            grown = grown | ((own_max[r] - self.row_max[r]) * self.scales[r] > GROWTH)
         if cute.arch.vote_any_sync(grown):
             self._grow(own_max, tOrO)
         return self._probabilities(tSrS, dtype)
@@ -48,17 +48,17 @@ class DecodeLoop:
         self.shared = shared
         self.ahead = plan.stages - 1
         self.operands = config.operands(self.lane, shared)
-        self.score_scale = score_scale
-        self.scaled_before = problem.softcap or problem.alibi
-        self.softmax = DecodeSoftmax(plan.tile_m // 16, Float32(1.0) if self.scaled_before else score_scale)
+        own_rows = plan.tile_m // 8
+        self.scales = [score_scale] * own_rows
+        scales = [Float32(1.0)] * own_rows if problem.softcap or problem.alibi else self.scales
+        self.softmax = DecodeSoftmax(plan.tile_m // 16)
+        self.softmax.start(scales)
         self.tSrS = accumulators(plan.tile_m // 16, plan.tile_n // 8)
         self.tOrO = accumulators(plan.tile_m // 16, config.memory.columns_out // 8)
         self.tOrO.fill(0.0)
         # Where the tile to be multiplied next lies in the ring, and the one before, which is free.
         self.slot = cute.make_rmem_tensor((2,), Int32)
         self.slot[0], self.slot[1] = Int32(0), Int32(self.ahead * config.slot_bytes)
-        # Pages of the granule whose K was loaded last, then of the next.
-        self.pages = cute.make_rmem_tensor((max(2 * keys.units, 1),), Int32)
 
     def first_pages(self, first: Int32, step: int) -> list:
         """Page numbers of the granules that are loaded before the first is multiplied, and of the next."""
@@ -92,9 +92,7 @@ class DecodeLoop:
             if h // 2 < count:
                 self.load(first + h // 2 * step, h % 2, self.shared + h * self.config.slot_bytes, pages[h // 2])
             cute.arch.cp_async_commit_group()
-        for unit in cutlass.range_constexpr(len(pages[0])):
-            self.pages[unit] = pages[len(pages) - 2][unit]
-            self.pages[self.keys.units + unit] = pages[len(pages) - 1][unit]
+        self.keys.hold(*pages[-2:])
 
     def load(self, granule: Int32, is_v: int, shared: Int32, pages: list) -> None:
         (self.keys.load_v if is_v else self.keys.load_k)(shared, granule, pages)
@@ -120,27 +118,16 @@ class DecodeLoop:
         j = i + loaded // 2
         if cutlass.const_expr(loaded % 2 == 0):
             if j < count:
-                self.load_next_k(first + j * step, step, target)
+                granule = first + j * step
+                self.load(granule, 0, target, self.keys.turn(granule + step))
         else:
             if j < count:
-                self.load(first + j * step, 1, target, self.last_pages())
+                self.load(first + j * step, 1, target, self.keys.held())
         cute.arch.cp_async_commit_group()
         here = self.slot[0]
         self.slot[1] = here
         last = self.ahead * config.slot_bytes
         self.slot[0] = cutlass.select_(here == last, Int32(0), here + config.slot_bytes)
-
-    def last_pages(self) -> list:
-        return [self.pages[u] for u in range(self.keys.units)] if self.keys.page_size else []
-
-    def load_next_k(self, granule: Int32, step: int, target: Int32) -> None:
-        units = self.keys.units
-        pages = []
-        if self.keys.page_size:
-            pages = [self.pages[units + u] for u in range(units)]
-            for u, (page, after) in enumerate(zip(pages, self.keys.page_numbers(granule + step), strict=True)):
-                self.pages[u], self.pages[units + u] = page, after
-        self.load(granule, 0, target, pages)
 
     @cute.jit
     def modify(self, n: Int32):
@@ -148,28 +135,20 @@ class DecodeLoop:
         config = self.config
         problem = config.problem
         if cutlass.const_expr(problem.softcap):
-            apply_softcap(self.tSrS, self.score_scale, self.numbers.softcap)
-        elif cutlass.const_expr(problem.alibi):
-            self.scale()
+            apply_softcap(self.tSrS, self.scales, self.numbers.softcap)
         first_col = n * config.plan.tile_n
         if cutlass.const_expr(problem.alibi):
-            self.rows.add_alibi(self.tSrS, first_col, self.lane, self.numbers)
+            scales = self.softmax.scales if problem.softcap else self.scales
+            self.rows.add_alibi(self.tSrS, scales, first_col, self.lane, self.numbers)
         if (first_col < self.rows.inner_begin) | (first_col + config.plan.tile_n > self.rows.inner_end):
             self.rows.mask(self.tSrS, first_col, self.lane)
-
-    def scale(self) -> None:
-        m_frags, n_frags, values = self.tSrS.shape
-        for m in range(m_frags):
-            for n in range(n_frags):
-                for i in range(values):
-                    self.tSrS[m, n, i] = self.tSrS[m, n, i] * self.score_scale
 
     def statistics(self) -> list[tuple[Float32, Float32]]:
         """(maximum in base 2, sum of the exponentials above it) of each of the thread's rows."""
         constant = -0.5 * self.numbers.softcap if self.config.problem.softcap else Float32(0.0)
         return [
             (
-                fma(self.softmax.row_max[r], self.softmax.scale_log2, constant),
+                fma(self.softmax.row_max[r], self.softmax.scales[r], constant),
                 quad_reduce(self.softmax.row_sum[r], lambda a, b: a + b),
             )
             for r in range(self.softmax.rows)

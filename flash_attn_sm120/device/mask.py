@@ -38,3 +38,14 @@ def apply_mask(
                 if window_left is not None:
                     visible = visible & (diagonal - window_left <= col)
                 tSrS[place] = cutlass.select_(visible, tSrS[place], Float32(-math.inf))
+
+
+def apply_bounds(tSrS: cute.Tensor, bounds: list[tuple[Int32, Int32]], first_col: Int32, lane: Int32) -> None:
+    """bounds: of each of the thread's rows, 8 apart, the columns begin <= j < end that it sees."""
+    own_col = first_col + 2 * (lane % 4)
+    for r, (begin, end) in enumerate(bounds):
+        for n in range(tSrS.shape[1]):
+            for j in range(2):
+                col, place = own_col + (8 * n + j), (r // 2, n, 2 * (r % 2) + j)
+                visible = (col >= begin) & (col < end)
+                tSrS[place] = cutlass.select_(visible, tSrS[place], Float32(-math.inf))

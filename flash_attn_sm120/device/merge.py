@@ -8,7 +8,6 @@ import cutlass
 from cutlass import Boolean, Float32, Int32, Int64, cute
 
 from flash_attn_sm120.device.mainloop_decode import DecodeLoop
-from flash_attn_sm120.device.paged_kv import divide
 from flash_attn_sm120.device.parts import LaneColumns, add_parts, part_weights
 from flash_attn_sm120.device.ptx import (
     exp2,
@@ -25,6 +24,7 @@ from flash_attn_sm120.device.ptx import (
     take_ticket,
 )
 from flash_attn_sm120.device.rows import RowTile
+from flash_attn_sm120.device.seqlen import divide
 from flash_attn_sm120.device.softmax import NEG_INF
 from flash_attn_sm120.dispatch import MAX_SPLITS
 

@@ -1,37 +1,24 @@
-"""Where the rows of K and V lie, in one tensor or in the pages of a pool, and how a warp loads a granule of them.
+"""Where the rows of K and V lie, in one tensor or in the pages of a pool, and how a warp copies a tile of them.
 
-A granule is tile_n keys from a multiple of tile_n on; it is looked up in units of rows that share a page.
+A tile is tile_n keys from a multiple of tile_n on. A thread has neighbouring rows of it, so that most often one page
+number serves them all; K and V share it.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from dataclasses import dataclass
 
 import cutlass
 from cutlass import Int32, Int64, cute
 
-from flash_attn_sm120.device.ptx import cp_async_16_at, load_global_b32_if, prefetch_l2
-from flash_attn_sm120.device.seqlen import Sequence, clamp, head_address, sequence
+from flash_attn_sm120.device.ptx import cp_async_16, load_global_b32_if, prefetch_l2
+from flash_attn_sm120.device.seqlen import Sequence, clamp, divide, head_address
 from flash_attn_sm120.device.tile import VECTOR, TileLayout
-from flash_attn_sm120.problem import AttentionProblem
 
 LINE_BYTES = 128
-
-
-def key_sequence(problem: AttentionProblem, mK: cute.Tensor, batch: Int32, lengths) -> Sequence:
-    """The keys of a sequence. mK as sequence() takes it, or a pool (num_pages, page_size, heads_kv, d)."""
-    if not problem.page_size:
-        return sequence(mK, batch, lengths.cu_seqlens_k, lengths.seqused_k)
-    room = lengths.page_table.shape[1] * problem.page_size
-    length = room if lengths.seqused_k is None else clamp(lengths.seqused_k[batch], Int32(0), room)
-    return Sequence(Int32(0), Int32(0), length, room)
-
-
-def divide(value: Int32, divisor) -> Int32:
-    """value // divisor for value >= 0, divisor > 0."""
-    if isinstance(divisor, int) and divisor & (divisor - 1) == 0:
-        return value >> (divisor.bit_length() - 1)
-    return Int32(cutlass.Uint32(value) // cutlass.Uint32(divisor))
+LANES = 32
 
 
 @cute.jit
@@ -42,100 +29,181 @@ def prefetch_table(table: cute.Tensor, index: Int32):
         prefetch_l2(table.iterator.toint() + Int64(line) * 4)
 
 
+@dataclass(frozen=True)
+class ThreadRows:
+    """What a thread copies of a tile: rows first, first + step, ..., `count` of them, of each every width-th unit, from
+    `unit` on."""
+
+    first: Int32
+    unit: Int32
+    step: int
+    count: int
+    width: int
+
+    def offset(self, layout: TileLayout, i: int, unit: int | Int32) -> Int32:
+        """layout.unit_offset of the i-th row, in such a form that what rows have in common is computed once."""
+        beyond = i * self.step
+        whole = (beyond - beyond % 8) * layout.row_bytes
+        if self.step == 1 and self.count % 8 == 0:
+            return self.first * layout.row_bytes + layout.unit_offset(beyond % 8, unit) + whole
+        return layout.unit_offset(self.first + beyond % 8, unit) + whole
+
+
+@dataclass(frozen=True)
+class Sharing:
+    """How `threads` share the copying of a tile of `rows` rows: `width` of them a row; all powers of two.
+
+    thread: which of them one is. It is called for each copy, so that what follows from it needs no register between two
+    copies where thread_anew() stands behind it. neighbours: a thread's rows follow one another, else those of threads.
+    """
+
+    thread: Callable[[], Int32]
+    threads: int
+    width: int
+    rows: int
+    neighbours: bool
+
+    @property
+    def count(self) -> int:
+        """Rows of a thread."""
+        return self.rows * self.width // self.threads
+
+    def own(self) -> ThreadRows:
+        thread = self.thread()
+        group, unit = thread >> self.width.bit_length() - 1, thread & self.width - 1
+        if self.neighbours:
+            return ThreadRows(group * self.count, unit, 1, self.count, self.width)
+        return ThreadRows(group, unit, self.threads // self.width, self.count, self.width)
+
+
 class RowSource:
-    """K or V of one (batch, head_kv): a lane's part of the address of its rows."""
+    """The rows of one (batch, head) of a tensor, to be copied with cp.async in units of 16 bytes."""
+
+    units_a_load = 1  # of 16 bytes in shared memory
 
     def __init__(self, tensor: cute.Tensor, layout: TileLayout, seq: Sequence, head: Int32, packed: bool, cols: int):
-        """cols: bytes of a row that exist; the layout may have more, which become zeros."""
-        self.layout, self.cols = layout, cols
-        self.lane = cute.arch.lane_idx()
-        self.lane_row, self.unit = self.lane // layout.units, self.lane % layout.units
-        self.rows_a_pass = 32 // layout.units
-        address, row_stride = head_address(tensor, seq, head, packed)
+        """cols: columns of a row that exist; the layout may have more, which become zeros."""
+        self.layout = layout
+        self.row_bytes = cols * tensor.element_type.width // 8
+        self.address, row_stride = head_address(tensor, seq, head, packed)
         self.row_stride = Int64(row_stride)
         self.page_stride = Int64(0) if packed else Int64(tensor.stride[0]) * (tensor.element_type.width // 8)
-        self.address = address + Int64(self.lane_row) * self.row_stride + Int64(self.unit * 16)
 
-    def load(self, shared: Int32, first_key: Int32, starts: list[Int64], bounds: tuple[Int32, Int32]) -> None:
-        """Starts the copy of a granule. starts: where the rows of each unit lie, bytes from `address`; rows outside
-        bounds become zeros and aren't read."""
+    def load(
+        self, own: ThreadRows, shared: Int32, first_row: Int32, starts: list[Int64], begin: Int32 | None, end: Int32
+    ) -> None:
+        """Starts the copy of a tile. starts: where equal parts of the thread's rows begin, bytes from `address`; rows
+        before `begin` or from `end` on become zeros and aren't read."""
         layout = self.layout
-        unit_rows = layout.rows // len(starts)
-        row_bytes = layout.chunk_cols * 2
-        for step in range(layout.rows // self.rows_a_pass):
-            row = step * self.rows_a_pass
-            unit = row // unit_rows
-            if unit_rows % self.rows_a_pass:  # 16 rows a pass, 8 in a unit
-                after = starts[unit + 1] - unit_rows * self.row_stride
-                start = cutlass.select_(self.lane_row < unit_rows, starts[unit], after)
-            else:
-                start = starts[unit] + (row - unit * unit_rows) * self.row_stride
-            key = first_key + row + self.lane_row
-            inside = (key >= bounds[0]) & (key < bounds[1])
-            # a layout's swizzle may have a longer period than the rows of a pass
-            target = shared + layout.unit_offset(self.lane_row + row, self.unit) - row * row_bytes
-            for chunk in range(layout.chunks):
-                first_col = chunk * row_bytes
-                exists = inside
-                if first_col + row_bytes > self.cols:
-                    exists = inside & (first_col + self.unit * 2 * VECTOR < self.cols)
-                offset = chunk * layout.chunk_bytes + row * row_bytes
-                cp_async_16_at(target, self.address + start, Int32(exists) * 16, offset, first_col)
+        part = own.count // len(starts)
+        address = self.address + Int64(own.unit * 16)
+        for i in range(own.count):
+            start = address + starts[i // part] + i % part * (own.step * self.row_stride)
+            row = first_row + own.first + i * own.step
+            inside = row < end
+            if begin is not None:
+                inside = inside & (row >= begin)
+            for first_unit in range(0, layout.cols // VECTOR, own.width):
+                chunk, unit = divmod(first_unit, layout.units)
+                exists, first_byte = inside, first_unit * 16
+                if first_byte + own.width * 16 > self.row_bytes:
+                    exists = inside & (first_byte + own.unit * 16 < self.row_bytes)
+                beyond = i * own.step * layout.row_bytes
+                target = shared + own.offset(layout, i, own.unit + unit) - beyond
+                offset = chunk * layout.chunk_bytes + beyond
+                cp_async_16(target, start, Int32(exists) * 16, offset, first_byte)
 
 
 class KeysAndValues:
-    """K and V of one (batch, head_kv); K and V share the page numbers.
+    """K and V of one (batch, head_kv), tile by tile.
 
-    bounds: keys that are needed, begin <= key < end, to be set before a load; none other is read.
+    bounds: keys that are needed, begin <= key < end, begin None for 0; to be set before a load; none other is read.
     """
 
-    def __init__(self, config, mK: cute.Tensor, mV: cute.Tensor, batch: Int32, seq: Sequence, head: Int32, lengths):
+    def __init__(
+        self,
+        config,
+        mK: cute.Tensor,
+        mV: cute.Tensor,
+        batch: Int32,
+        seq: Sequence,
+        head: Int32,
+        lengths,
+        thread: Callable[[], Int32],
+        threads: int = LANES,
+        source: type = RowSource,
+    ):
+        """thread: which of the `threads` that copy a tile one is, see Sharing."""
         problem = config.problem
         self.page_size, self.tile_n, self.length = problem.page_size, config.plan.tile_n, seq.length
         self.bounds = None
-        element_bytes = 1 if problem.kv_dtype else 2
         places = ((mK, config.layout_k, problem.head_dim), (mV, config.layout_v, problem.head_dim_v))
-        self.k, self.v = (
-            RowSource(tensor, layout, seq, head, problem.packed_k, cols * element_bytes)
-            for tensor, layout, cols in places
-        )
-        self.unit_rows = math.gcd(problem.page_size, self.tile_n) if problem.page_size else self.tile_n
+        self.k, self.v = (source(tensor, layout, seq, head, problem.packed_k, cols) for tensor, layout, cols in places)
+        width = min(config.layout_k.units, config.layout_v.units) // source.units_a_load
+        # a thread's rows lie in one page, or in as few as can be
+        self.sharing = Sharing(thread, threads, width, self.tile_n, neighbours=problem.page_size % self.tile_n != 0)
+        self.parts = 1
+        if self.sharing.neighbours:
+            self.parts = self.sharing.count // math.gcd(self.sharing.count, problem.page_size)
         if problem.page_size:
             table = lengths.page_table
             self.num_pages = mK.shape[0]
             self.table = table.iterator.toint() + Int64(batch) * Int64(table.stride[0]) * 4
             self.last_page = divide(cutlass.max(seq.length, Int32(1)) - 1, self.page_size)
+        self._held = cute.make_rmem_tensor((max(2 * self.pages, 1),), Int32)
 
     @property
-    def units(self) -> int:
-        return self.tile_n // self.unit_rows
+    def pages(self) -> int:
+        """Page numbers that a thread needs for a tile."""
+        return self.parts if self.page_size else 0
 
-    def page_numbers(self, granule: Int32) -> list[Int32]:
-        """The page of each unit, inside the pool whatever the table holds; [] where there are no pages. Entries beyond
+    def _keys(self, own: ThreadRows, tile: Int32) -> list[Int32]:
+        """First key of each part of the thread's rows."""
+        part = own.count // self.parts
+        return [tile * self.tile_n + own.first + i * part for i in range(self.parts)]
+
+    def page_numbers(self, tile: Int32) -> list[Int32]:
+        """The page of each part, inside the pool whatever the table holds; [] where there are no pages. Entries beyond
         the sequence aren't read."""
         if not self.page_size:
             return []
         pages = []
-        for unit in range(self.units):
-            key = granule * self.tile_n + unit * self.unit_rows
-            index = cutlass.min(divide(key, self.page_size), self.last_page)
+        for key in self._keys(self.sharing.own(), tile):
+            index = cutlass.min(divide(cutlass.max(key, Int32(0)), self.page_size), self.last_page)
             page = load_global_b32_if(self.table + Int64(index) * 4, Int32(self.length > 0))
             pages.append(clamp(page, Int32(0), self.num_pages - 1))
         return pages
 
-    def load_k(self, shared: Int32, granule: Int32, pages: list[Int32]) -> None:
-        self._load(self.k, shared, granule, pages)
+    def hold(self, pages: list[Int32], after: list[Int32]) -> None:
+        """Keeps the page numbers of the tile whose K was loaded last, and of the one whose K comes next."""
+        for i in range(self.pages):
+            self._held[i], self._held[self.pages + i] = pages[i], after[i]
 
-    def load_v(self, shared: Int32, granule: Int32, pages: list[Int32]) -> None:
-        self._load(self.v, shared, granule, pages)
+    def held(self) -> list[Int32]:
+        return [self._held[i] for i in range(self.pages)]
 
-    def _load(self, source: RowSource, shared: Int32, granule: Int32, pages: list[Int32]) -> None:
-        first_key = granule * self.tile_n
-        starts = [Int64(first_key) * source.row_stride]
-        if self.page_size:
-            starts = []
-            for unit, page in enumerate(pages):
-                key = first_key + unit * self.unit_rows
-                row = key - divide(key, self.page_size) * self.page_size
-                starts.append(Int64(page) * source.page_stride + Int64(row) * source.row_stride)
-        source.load(shared, first_key, starts, self.bounds)
+    def turn(self, after: Int32) -> list[Int32]:
+        """The page numbers of the tile whose K comes next, and has come then; those of tile `after` are looked up."""
+        pages = [self._held[self.pages + i] for i in range(self.pages)]
+        self.hold(pages, self.page_numbers(after))
+        return pages
+
+    def starts(self, source: RowSource, own: ThreadRows, tile: Int32, pages: list[Int32]) -> list[Int64]:
+        """What source.load takes."""
+        if not self.page_size:
+            return [Int64(tile * self.tile_n + own.first) * source.row_stride]
+        found = []
+        for key, page in zip(self._keys(own, tile), pages, strict=True):
+            row = key - divide(key, self.page_size) * self.page_size
+            found.append(Int64(page) * source.page_stride + Int64(row) * source.row_stride)
+        return found
+
+    def load_k(self, shared: Int32, tile: Int32, pages: list[Int32]) -> None:
+        self._load(self.k, shared, tile, pages)
+
+    def load_v(self, shared: Int32, tile: Int32, pages: list[Int32]) -> None:
+        self._load(self.v, shared, tile, pages)
+
+    def _load(self, source: RowSource, shared: Int32, tile: Int32, pages: list[Int32]) -> None:
+        own = self.sharing.own()
+        source.load(own, shared, tile * self.tile_n, self.starts(source, own, tile, pages), *self.bounds)

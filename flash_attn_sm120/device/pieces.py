@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import cutlass
 from cutlass import Int32, cute
 
-from flash_attn_sm120.device.paged_kv import divide
+from flash_attn_sm120.device.seqlen import divide
 
 WHOLE = 1 << 30  # granules of a part: all that a sequence can have
 

@@ -14,6 +14,7 @@ from cutlass._mlir import ir
 from cutlass._mlir.dialects import llvm
 from cutlass.cutlass_dsl import T, dsl_user_op
 
+PTX_DTYPE = {"bfloat16": "bf16", "float16": "f16", "float32": "f32"}
 SIGNALLING_NAN = 0x7F812345
 
 
@@ -104,6 +105,7 @@ def _unary(instruction: str):
     return apply
 
 
+absolute = _unary("abs.f32")
 exp2 = _unary("ex2.approx.ftz.f32")
 log2 = _unary("lg2.approx.ftz.f32")
 reciprocal = _unary("rcp.approx.ftz.f32")
@@ -143,6 +145,11 @@ def thread_anew(*, loc=None, ip=None) -> Int32:
     return Int32(_asm(T.i32(), [], "mov.u32 $0, %tid.x;", "=r", volatile=True, loc=loc, ip=ip))
 
 
+def lane_anew() -> Int32:
+    """The lane in its warp, likewise."""
+    return thread_anew() & 31
+
+
 @dsl_user_op
 def store_shared_b32(shared: Int32, value: Int32, *, loc=None, ip=None) -> None:
     operands = [Int32(shared).ir_value(loc=loc, ip=ip), Int32(value).ir_value(loc=loc, ip=ip)]
@@ -165,21 +172,22 @@ def store_global_v4(glob: Int64, values: Sequence[Int32], *, loc=None, ip=None) 
 
 
 @dsl_user_op
-def cp_async_16_at(
-    shared: Int32, glob: Int64, size: Int32, shared_offset: int = 0, offset: int = 0, *, loc=None, ip=None
-) -> None:
-    """Copies 16 bytes from glob + offset to shared + shared_offset; size 16 copies, 0 writes zeros."""
-    operands = [x.ir_value(loc=loc, ip=ip) for x in (Int32(shared), Int64(glob), Int32(size))]
-    text = f"cp.async.cg.shared.global.L2::128B [$0+{shared_offset}], [$1+{offset}], 16, $2;"
-    _asm(None, operands, text, "r,l,r", volatile=True, loc=loc, ip=ip)
-
-
-@dsl_user_op
 def load_global_b32_if(glob: Int64, enabled: Int32, *, loc=None, ip=None) -> Int32:
     """0, and nothing read, where enabled is 0."""
     operands = [Int64(glob).ir_value(loc=loc, ip=ip), Int32(enabled).ir_value(loc=loc, ip=ip)]
     text = "{ .reg .pred p; setp.ne.b32 p, $2, 0; mov.b32 $0, 0; @p ld.global.b32 $0, [$1]; }"
     return Int32(_asm(T.i32(), operands, text, "=&r,l,r", volatile=True, loc=loc, ip=ip))
+
+
+@dsl_user_op
+def load_global_v4_if(glob: Int64, enabled: Int32, *, loc=None, ip=None) -> list[Int32]:
+    """16 bytes; zeros, and nothing read, where enabled is 0."""
+    struct = llvm.StructType.get_literal([T.i32()] * 4)
+    operands = [Int64(glob).ir_value(loc=loc, ip=ip), Int32(enabled).ir_value(loc=loc, ip=ip)]
+    zeros = " ".join(f"mov.b32 ${i}, 0;" for i in range(4))
+    text = f"{{ .reg .pred p; setp.ne.b32 p, $5, 0; {zeros} @p ld.global.v4.b32 {{$0, $1, $2, $3}}, [$4]; }}"
+    loaded = _asm(struct, operands, text, "=&r,=&r,=&r,=&r,l,r", volatile=True, loc=loc, ip=ip)
+    return _unpack(loaded, T.i32(), 4, Int32, loc, ip)
 
 
 @dsl_user_op

@@ -8,6 +8,8 @@ from typing import Any, NamedTuple
 import cutlass
 from cutlass import Float32, Int32, Int64, cute
 
+from flash_attn_sm120.device.alibi import add_alibi
+from flash_attn_sm120.device.mask import apply_bounds
 from flash_attn_sm120.device.pieces import Piece
 from flash_attn_sm120.device.ptx import load_shared_v4, store_shared_v4
 from flash_attn_sm120.device.seqlen import Sequence
@@ -137,24 +139,10 @@ class VisibleRows(RowTile):
 
     def mask(self, tSrS: cute.Tensor, first_col: Int32, lane: Int32) -> None:
         """Scores of columns that a row doesn't see become -inf."""
-        own_col = first_col + 2 * (lane % 4)
-        for r in range(2 * tSrS.shape[0]):
-            begin, end = (self.begin, self.end) if self.bounds is None else self.bounds[r]
-            for n in range(tSrS.shape[1]):
-                for j in range(2):
-                    col, where = own_col + (8 * n + j), (r // 2, n, 2 * (r % 2) + j)
-                    visible = (col >= begin) & (col < end)
-                    tSrS[where] = cutlass.select_(visible, tSrS[where], Float32(-math.inf))
+        bounds = [(self.begin, self.end)] * (2 * tSrS.shape[0]) if self.bounds is None else self.bounds
+        apply_bounds(tSrS, bounds, first_col, lane)
 
-    def add_alibi(self, tSrS: cute.Tensor, first_col: Int32, lane: Int32, numbers) -> None:
-        """score -= slope * |position - global column|, in base 2."""
-        own_col = first_col + 2 * (lane % 4)
-        for r in range(2 * tSrS.shape[0]):
-            position = self.tokens[r] + self.shift
-            for n in range(tSrS.shape[1]):
-                for j in range(2):
-                    col, where = own_col + (8 * n + j), (r // 2, n, 2 * (r % 2) + j)
-                    if self.config.problem.context_parallel:
-                        col = col * numbers.cp_world_size + numbers.cp_rank
-                    distance = Float32(cutlass.max(position - col, col - position))
-                    tSrS[where] = tSrS[where] - self.slopes[r] * distance
+    def add_alibi(self, tSrS: cute.Tensor, scales: list, first_col: Int32, lane: Int32, numbers) -> None:
+        """The slopes' part of the scores, in base 2, which they are multiplied by `scales` into."""
+        positions = [token + self.shift for token in self.tokens]
+        add_alibi(self.config.problem, tSrS, scales, self.slopes, positions, first_col, lane, numbers)

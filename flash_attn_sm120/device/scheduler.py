@@ -25,21 +25,21 @@ class Tile:
 
 
 def write_tile_note(
-    shared: Int32, first_row: Int32, tile: Tile, seq_q: Sequence, seqlen_k: Int32, blocks: BlockRange
+    shared: Int32, first_row: Int32, tile: Tile, seq_q: Sequence, seqlen_k: Int32, total_k: Int32, blocks: BlockRange
 ) -> None:
     """Keeps in shared memory what is needed seldom, so that no register holds it through the main loop."""
-    shift = seqlen_k - seq_q.length
-    values = (first_row, tile.head, tile.batch, seq_q.batch, seq_q.start, seq_q.length, seq_q.room, shift)
+    shift = total_k - seq_q.length
+    values = (first_row, tile.head, tile.batch, seqlen_k, seq_q.start, seq_q.length, seq_q.room, shift)
     values += (blocks.begin, blocks.end, blocks.left_edge, blocks.right_edge)  # read in fours
     for i, value in enumerate(values):
         store_shared_b32(shared + 4 * i, value)
 
 
-def read_tile_note(shared: Int32) -> tuple[Int32, Int32, Int32, Sequence]:
+def read_tile_note(shared: Int32, packed: bool) -> tuple[Int32, Int32, Int32, Sequence]:
     """(first_row, head, batch, seq_q) as written."""
-    first_row, head, batch, index = load_shared_v4(shared)
+    first_row, head, batch, _ = load_shared_v4(shared)
     start, length, room, _ = load_shared_v4(shared + 16)
-    return first_row, head, batch, Sequence(start, index, length, room)
+    return first_row, head, batch, Sequence(start, Int32(0) if packed else batch, length, room)
 
 
 def read_blocks(shared: Int32) -> BlockRange:
@@ -52,11 +52,22 @@ def read_block_count(shared: Int32) -> Int32:
     return end - begin
 
 
-def read_mask_bounds(shared: Int32) -> tuple[Int32, Int32, Int32]:
-    """(first_row, shift, seqlen_k) as written, shift = seqlen_k - seqlen_q."""
-    first_row, _, _, _ = load_shared_v4(shared)
+@dataclass(frozen=True)
+class Positions:
+    """first_row: of the tile. shift: from a row to its position, total_k - seqlen_q. seqlen_k: local columns; total_k:
+    those of all context-parallel ranks."""
+
+    first_row: Int32
+    shift: Int32
+    seqlen_k: Int32
+    total_k: Int32
+
+
+def read_positions(shared: Int32) -> Positions:
+    """As written."""
+    first_row, _, _, seqlen_k = load_shared_v4(shared)
     _, seqlen_q, _, shift = load_shared_v4(shared + 16)
-    return first_row, shift, seqlen_q + shift
+    return Positions(first_row, shift, seqlen_k, seqlen_q + shift)
 
 
 def dense_tile(block: Int32, m_blocks: Int32, heads: Int32, batch: Int32, group: Int32) -> Tile:

@@ -11,8 +11,10 @@ import operator
 import cutlass
 from cutlass import Float32, Int32, cute
 
+from flash_attn_sm120.arguments import Numbers
 from flash_attn_sm120.device.fragments import elements
 from flash_attn_sm120.device.ptx import exp2, fma, log2, pack_pair, reciprocal
+from flash_attn_sm120.problem import AttentionProblem
 
 NEG_INF = -math.inf
 GROWTH = 8.0  # in the base-2 exponent
@@ -34,20 +36,31 @@ def quad_reduce(value: Float32, combine) -> Float32:
     return value
 
 
-def apply_softcap(tSrS: cute.Tensor, inner_scale: Float32, cap_scale: Float32) -> None:
+def apply_softcap(tSrS: cute.Tensor, inner_scales: list[Float32], cap_scale: Float32) -> None:
     """score -> log2(e) * softcap * (tanh(score * softmax_scale / softcap) - 1), into base 2 and without the constant
-    that softmax doesn't see. inner_scale = 2 log2(e) softmax_scale / softcap, cap_scale = -2 log2(e) softcap.
+    that softmax doesn't see. inner_scales = 2 log2(e) softmax_scale / softcap for each of the thread's rows, cap_scale
+    = -2 log2(e) softcap.
 
     tanh(x) = 1 - 2 / (1 + e^2x): its absolute error is that of ex2 and rcp, where tanh.approx loses 2^-11.
     """
-    for place in elements(tSrS):
-        tSrS[place] = reciprocal(1.0 + exp2(tSrS[place] * inner_scale)) * cap_scale
+    for m, n, i in elements(tSrS):
+        tSrS[m, n, i] = reciprocal(1.0 + exp2(tSrS[m, n, i] * inner_scales[2 * m + i // 2])) * cap_scale
+
+
+def in_base_2(problem: AttentionProblem, numbers: Numbers) -> Numbers:
+    """softmax_scale becomes what a raw score is multiplied by, softcap the cap_scale of apply_softcap."""
+    scale = numbers.softmax_scale * math.log2(math.e)
+    if not problem.softcap:
+        return numbers._replace(softmax_scale=scale)
+    cap = numbers.softcap * (-2.0 * math.log2(math.e))
+    return numbers._replace(softmax_scale=2.0 * scale / numbers.softcap, softcap=cap)
 
 
 def lowest(scale_log2: Float32) -> Float32:
     """The maximum of a row that has seen nothing, below any score. With -inf it would compute inf - inf; a power of two
     times the scale is exact, and so cancels itself."""
-    return cutlass.select_(scale_log2 > 1.0, Float32(-(2.0**100)), Float32(-(2.0**126)))
+    exponent = (scale_log2.bitcast(Int32) >> 23) & 255
+    return -((253 - cutlass.max(exponent - 127, Int32(0))) << 23).bitcast(Float32)
 
 
 class OnlineSoftmax:
@@ -57,13 +70,17 @@ class OnlineSoftmax:
     more than GROWTH, as P up to 2^GROWTH and sums of it lose nothing in float32, bf16 or fp16; so O is seldom rescaled.
     """
 
-    def __init__(self, m_frags: int, scale_log2: Float32):
-        self.scale_log2 = scale_log2
+    def __init__(self, m_frags: int):
         self.rows = 2 * m_frags
         self.row_max = cute.make_rmem_tensor((self.rows,), Float32)
         self.row_sum = cute.make_rmem_tensor((self.rows,), Float32)
+
+    def start(self, scales: list[Float32]) -> None:
+        """Before the first block. scales: what the scores of each of the thread's rows are multiplied by, into base
+        2."""
+        self.scales = scales
         for r in range(self.rows):
-            self.row_max[r] = lowest(scale_log2)
+            self.row_max[r] = lowest(scales[r])
             self.row_sum[r] = Float32(0.0)
 
     @cute.jit
@@ -73,7 +90,7 @@ class OnlineSoftmax:
         new_max = [self._block_max(tSrS, r) for r in range(self.rows)]
         grown = cutlass.Boolean(False)
         for r in cutlass.range_constexpr(self.rows):
-            grown = grown | ((new_max[r] - self.row_max[r]) * self.scale_log2 > GROWTH)
+            grown = grown | ((new_max[r] - self.row_max[r]) * self.scales[r] > GROWTH)
         if cute.arch.vote_any_sync(grown):
             self._rescale(new_max, tOrO)
         return self._probabilities(tSrS, dtype)
@@ -86,7 +103,7 @@ class OnlineSoftmax:
     def _rescale(self, new_max: list[Float32], tOrO: cute.Tensor) -> None:
         factors = []
         for r in range(self.rows):
-            factors.append(exp2(fma(self.row_max[r], self.scale_log2, -new_max[r] * self.scale_log2)))
+            factors.append(exp2(fma(self.row_max[r], self.scales[r], -new_max[r] * self.scales[r])))
             self.row_max[r] = new_max[r]
             self.row_sum[r] = self.row_sum[r] * factors[r]
         for m, n, i in elements(tOrO):
@@ -100,10 +117,10 @@ class OnlineSoftmax:
         pairs = {}
         for r in range(self.rows):
             m, half = r // 2, r % 2
-            offset = -self.row_max[r] * self.scale_log2
+            offset = -self.row_max[r] * self.scales[r]
             sums = []
             for n in range(n_frags):
-                low, high = (exp2(fma(tSrS[m, n, 2 * half + j], self.scale_log2, offset)) for j in range(2))
+                low, high = (exp2(fma(tSrS[m, n, 2 * half + j], self.scales[r], offset)) for j in range(2))
                 if in_pairs:
                     sums.append(low + high)
                 else:
@@ -117,19 +134,24 @@ class OnlineSoftmax:
         ]
 
     def finish(
-        self, first_row: Int32, seqlen_q: Int32, constant: Float32 | float = 0.0
+        self, first_row: Int32, seqlen_q: Int32, constant: Float32 | float = 0.0, sink: Float32 | None = None
     ) -> tuple[list[Float32], list[Float32]]:
         """(factor that normalises a row of O, natural-log LSE of the row), for each row of the thread.
 
-        first_row: the thread's first row in the sequence; rows from seqlen_q on count as having seen nothing.
-        constant: what the scores lack, in base 2.
+        first_row: the thread's first row in the sequence; rows from seqlen_q on count as having seen nothing, not even
+        the sink. constant: what the scores lack, in base 2. sink: one more score, in base 2.
         """
         factors, lses = [], []
         for r in range(self.rows):
-            total = quad_reduce(self.row_sum[r], operator.add)
-            # a row that has seen anything has at least 1, from its greatest score
+            total, factor = quad_reduce(self.row_sum[r], operator.add), Float32(1.0)
+            top = self.row_max[r] * self.scales[r] + constant
+            if sink is not None:
+                own, top = top, cute.arch.fmax(top, sink)
+                factor = exp2(own - top)
+                total = fma(total, factor, exp2(sink - top))
+            # a row that has seen anything has at least 1, from its greatest score or the sink
             empty = (total == 0.0) | (first_row + 8 * r >= seqlen_q)
-            factors.append(cutlass.select_(empty, Float32(0.0), reciprocal(total)))
-            lse = (self.row_max[r] * self.scale_log2 + constant + log2(total)) * math.log(2.0)
+            factors.append(cutlass.select_(empty, Float32(0.0), factor * reciprocal(total)))
+            lse = (top + log2(total)) * math.log(2.0)
             lses.append(cutlass.select_(empty, Float32(NEG_INF), lse))
         return factors, lses

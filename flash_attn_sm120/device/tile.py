@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from cutlass import Int32
 
 from flash_attn_sm120.device.ptx import ldmatrix_x4
+from flash_attn_sm120.problem import ELEMENT_BYTES
 
-ELEMENT_BYTES = 2
 VECTOR = 8  # elements in 16 bytes, the unit of cp.async, of an ldmatrix row and of the swizzle
 
 
@@ -50,8 +50,8 @@ class TileLayout:
         return self.chunk_cols // VECTOR
 
     def unit_offset(self, row, unit):
-        """Byte offset in a chunk of the 16-byte unit `unit` of `row`; ints or Int32."""
-        phase = (row // (8 // self.units)) % self.units
+        """Byte offset in a chunk of the 16-byte unit `unit` of `row`; ints or Int32. Rows 8 apart have one phase."""
+        phase = row >> (8 // self.units).bit_length() - 1 & self.units - 1
         return row * self.row_bytes + (unit ^ phase) * 16
 
     def matrix(self, shared: Int32, lane: Int32, offset: int = 0, rows_first: bool = True) -> SharedMatrix:

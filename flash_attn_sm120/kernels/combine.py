@@ -12,6 +12,7 @@ from cutlass import Float32, Int32, Int64, cute
 
 from flash_attn_sm120.device.parts import LaneColumns, add_parts, part_weights
 from flash_attn_sm120.device.ptx import (
+    PTX_DTYPE,
     load_global_v4_f32_if,
     load_shared_f32,
     pack_pair,
@@ -21,11 +22,10 @@ from flash_attn_sm120.device.ptx import (
 )
 from flash_attn_sm120.device.seqlen import clamp
 from flash_attn_sm120.device.softmax import NEG_INF, tree_reduce
+from flash_attn_sm120.dispatch import MAX_PARTS
 from flash_attn_sm120.problem import CombineProblem
 
 WARPS = 4
-MAX_SPLITS = 128  # four a lane
-PTX_DTYPE = {"bfloat16": "bf16", "float16": "f16", "float32": "f32"}
 
 
 class FlashAttentionCombine:
@@ -105,7 +105,7 @@ class FlashAttentionCombine:
         sums.fill(0.0)
         offset = self.place(mPartial.stride[1:], batch, token, head) * 4
         address = mPartial.iterator.toint() + offset
-        for group in cutlass.range_constexpr(MAX_SPLITS // 32):
+        for group in cutlass.range_constexpr(MAX_PARTS // 32):
             if group * 32 < num_splits:
                 self.add_group(sums, address, Int64(mPartial.stride[0]) * 4, 32 * group + warp, weights[group], columns)
         shared = cute.arch.get_dyn_smem(cutlass.Uint8, alignment=16).toint()
@@ -128,7 +128,7 @@ class FlashAttentionCombine:
     def lses(self, mLSEPartial: cute.Tensor, offset: Int64, lane: Int32) -> list:
         """Of part lane, lane + 32, ..."""
         values = []
-        for group in cutlass.range_constexpr(MAX_SPLITS // 32):
+        for group in cutlass.range_constexpr(MAX_PARTS // 32):
             split, value = Int32(32 * group + lane), Float32(NEG_INF)
             if split < mLSEPartial.shape[0]:
                 where = mLSEPartial.iterator + (offset + Int64(split) * Int64(mLSEPartial.stride[0]))

@@ -1,13 +1,11 @@
 """The decode kernel: few query rows a sequence, so the query heads of one KV head are rows of one tile and K and V are
-read once. Long sequences are cut into parts that further blocks take; the last of them to
-finish brings the parts together.
+read once. Long sequences are cut into parts that further blocks take; the last of them to be done combines the parts.
 
 Source: Dao et al., Flash-Decoding (2023), for the parts; the sharing of a part among the warps of a block is our own.
 """
 
 from __future__ import annotations
 
-import math
 from typing import TYPE_CHECKING
 
 import cutlass
@@ -18,10 +16,12 @@ from flash_attn_sm120.device.decode_gemm import Keys16
 from flash_attn_sm120.device.fp8 import Keys8
 from flash_attn_sm120.device.mainloop_decode import DecodeLoop
 from flash_attn_sm120.device.merge import Merge
-from flash_attn_sm120.device.paged_kv import KeysAndValues, divide, key_sequence, prefetch_table
+from flash_attn_sm120.device.paged_kv import KeysAndValues, prefetch_table
 from flash_attn_sm120.device.pieces import WHOLE, Cut, Piece, find_piece
+from flash_attn_sm120.device.ptx import PTX_DTYPE, lane_anew
 from flash_attn_sm120.device.rows import Heads, RowTile, VisibleRows, write_note
-from flash_attn_sm120.device.seqlen import Sequence, sequence
+from flash_attn_sm120.device.seqlen import Sequence, divide, sequences
+from flash_attn_sm120.device.softmax import in_base_2
 from flash_attn_sm120.device.tile import TileLayout
 from flash_attn_sm120.device.visible import starts_at_first, visible_columns
 from flash_attn_sm120.dispatch import decode_memory
@@ -29,8 +29,6 @@ from flash_attn_sm120.problem import AttentionProblem
 
 if TYPE_CHECKING:
     from flash_attn_sm120.dispatch import Plan
-
-PTX_DTYPE = {"bfloat16": "bf16", "float16": "f16"}
 
 
 class FlashAttentionDecodeSm80:
@@ -75,18 +73,10 @@ class FlashAttentionDecodeSm80:
             pieces = cute.ceil_div(mQ.shape[1] * heads_per_kv, plan.tile_m) * mQ.shape[0]
         if cutlass.const_expr(problem.split):
             pieces = pieces + partials.slots - 1
-        self.kernel(mQ, mK, mV, mO, mLSE, lengths, modifiers, self.in_base_2(numbers), partials, heads).launch(
+        self.kernel(mQ, mK, mV, mO, mLSE, lengths, modifiers, in_base_2(problem, numbers), partials, heads).launch(
             grid=(pieces * heads_kv, 1, 1), block=(self.num_threads, 1, 1), smem=plan.smem_bytes, stream=stream,
             min_blocks_per_mp=plan.blocks_per_sm, preferred_smem_carveout=100,
         )  # fmt: skip
-
-    def in_base_2(self, numbers: Numbers) -> Numbers:
-        """softmax_scale becomes what a raw score is multiplied by, softcap the cap_scale of apply_softcap."""
-        scale = numbers.softmax_scale * math.log2(math.e)
-        if not self.problem.softcap:
-            return numbers._replace(softmax_scale=scale)
-        cap = numbers.softcap * (-2.0 * math.log2(math.e))
-        return numbers._replace(softmax_scale=2.0 * scale / numbers.softcap, softcap=cap)
 
     @cute.kernel
     def kernel(
@@ -113,15 +103,6 @@ class FlashAttentionDecodeSm80:
         if piece.valid:
             self.compute(mQ, mK, mV, mO, mLSE, lengths, modifiers, numbers, partials, piece, head_kv, heads)
 
-    def keys_of(self, mQ: cute.Tensor, mK: cute.Tensor, lengths: Lengths, batch: Int32) -> tuple:
-        """(seq_q, seq_k, keys of all context-parallel ranks) of a sequence."""
-        seq_q = sequence(mQ, batch, lengths.cu_seqlens_q, lengths.seqused_q)
-        seq_k = key_sequence(self.problem, mK, batch, lengths)
-        total_k = seq_k.length
-        if self.problem.context_parallel:
-            total_k = cutlass.max(lengths.cp_tot_seqused_k[batch], Int32(0))
-        return seq_q, seq_k, total_k
-
     def granules(self, seq_q: Sequence, seqlen_k: Int32, total_k: Int32, numbers: Numbers) -> tuple[Int32, Int32]:
         """First and end of the granules that any row of a sequence sees; end <= first: none."""
         bounds = (seqlen_k, total_k, numbers)
@@ -145,7 +126,7 @@ class FlashAttentionDecodeSm80:
         batch = lengths.cu_seqlens_q.shape[0] - 1 if self.problem.packed_q else mQ.shape[0]
 
         def extent(b):
-            seq_q, seq_k, total_k = self.keys_of(mQ, mK, lengths, b)
+            seq_q, seq_k, total_k = sequences(self.problem, mQ, mK, lengths, b)
             first, end = self.granules(seq_q, seq_k.length, total_k, numbers)
             m_blocks = divide(seq_q.room * heads.per_kv + plan.tile_m - 1, plan.tile_m)
             return m_blocks, cutlass.max(end - first, Int32(0))
@@ -177,7 +158,7 @@ class FlashAttentionDecodeSm80:
         problem, plan = self.problem, self.plan
         warp = cute.arch.make_warp_uniform(cute.arch.warp_idx())
         shared = cute.arch.get_dyn_smem(cutlass.Uint8, alignment=1024).toint()
-        seq_q, seq_k, total_k = self.keys_of(mQ, mK, lengths, piece.batch)
+        seq_q, seq_k, total_k = sequences(problem, mQ, mK, lengths, piece.batch)
         first, end = self.granules(seq_q, seq_k.length, total_k, numbers)
         if cutlass.const_expr(problem.split):
             first = first + piece.split * piece.chunk
@@ -185,7 +166,7 @@ class FlashAttentionDecodeSm80:
         scale = numbers.softmax_scale
         if cutlass.const_expr(problem.k_descale):
             scale = scale * modifiers.k_descale[piece.batch, head_kv]
-        keys = KeysAndValues(self, mK, mV, piece.batch, seq_k, head_kv, lengths)
+        keys = KeysAndValues(self, mK, mV, piece.batch, seq_k, head_kv, lengths, lane_anew)
         loop = DecodeLoop(self, keys, shared + warp * self.memory.ring_bytes, scale, numbers)
         pages = []
         if cutlass.const_expr(starts_at_first(problem)):  # as early as can be: all else waits for them

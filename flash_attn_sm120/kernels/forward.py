@@ -6,7 +6,6 @@ it to what SM120 can hold. Source: Dao, FlashAttention-2 (2023), algorithm 1, wi
 
 from __future__ import annotations
 
-import math
 from typing import TYPE_CHECKING
 
 import cutlass
@@ -15,17 +14,18 @@ from cutlass import Int32, cute
 from flash_attn_sm120.arguments import Lengths, Modifiers, Numbers
 from flash_attn_sm120.device.block_range import block_range
 from flash_attn_sm120.device.load_cp_async import CpAsyncLoader
+from flash_attn_sm120.device.load_fp8 import Fp8Loader, fp8_warps
 from flash_attn_sm120.device.mainloop import ForwardTile
-from flash_attn_sm120.device.scheduler import dense_tile, heads_in_l2, packed_tile
-from flash_attn_sm120.device.seqlen import sequence
+from flash_attn_sm120.device.ptx import PTX_DTYPE
+from flash_attn_sm120.device.scheduler import Tile, dense_tile, heads_in_l2, packed_tile
+from flash_attn_sm120.device.seqlen import sequences
+from flash_attn_sm120.device.softmax import in_base_2
 from flash_attn_sm120.device.tile import TileLayout
 from flash_attn_sm120.dispatch import can_implement
 from flash_attn_sm120.problem import AttentionProblem, padded
 
 if TYPE_CHECKING:
     from flash_attn_sm120.dispatch import Plan
-
-PTX_DTYPE = {"bfloat16": "bf16", "float16": "f16"}
 
 
 class FlashAttentionForwardSm80:
@@ -37,6 +37,8 @@ class FlashAttentionForwardSm80:
         self.problem = problem
         self.plan = plan
         self.dtype = PTX_DTYPE[problem.dtype]
+        self.mma_dtype = "f16" if problem.kv_dtype else self.dtype  # 8-bit values are exact in it
+        self.q_to_f16 = self.mma_dtype != self.dtype
         self.num_threads = 32 * (plan.num_warps + plan.loading_warps)
         self.warp_rows = plan.tile_m // plan.num_warps
         self.layout_q = TileLayout(plan.tile_m, padded(problem.head_dim))
@@ -45,9 +47,7 @@ class FlashAttentionForwardSm80:
         self.layout_o = TileLayout(plan.tile_m, padded(problem.head_dim_v))
         self.offset_k = self.layout_q.bytes
         self.offset_v = self.offset_k + self.layout_k.bytes
-
-    def heads_per_kv(self, mQ: cute.Tensor, mK: cute.Tensor) -> Int32:
-        return mQ.shape[1 if self.problem.packed_q else 2] // mK.shape[1 if self.problem.packed_k else 2]
+        self.fp8_warps = fp8_warps(self.layout_k, self.layout_v, plan.loading_warps)
 
     @classmethod
     def can_implement(cls, problem: AttentionProblem, arch: str) -> bool:
@@ -67,32 +67,26 @@ class FlashAttentionForwardSm80:
         numbers: Numbers,
         stream,
     ):
-        """q, out (batch, seqlen_q, heads, d) or (total_q, heads, d); k, v likewise with heads_kv; lse (batch, heads,
-        seqlen_q) or (heads, total_q). `stream` stays last."""
+        """q, out (batch, seqlen_q, heads, d) or (total_q, heads, d); k, v as key_sequence takes them; lse (batch,
+        heads, seqlen_q) or (heads, total_q). `stream` stays last."""
         assert modifiers.dropout_seed is None
         problem, plan = self.problem, self.plan
-        heads = mQ.shape[1 if problem.packed_q else 2]
+        heads = mQ.shape[-2]
         if cutlass.const_expr(problem.packed_q):
             batch = lengths.cu_seqlens_q.shape[0] - 1
             grid = (mQ.shape[0] // plan.tile_m + batch, heads, 1)
         else:
             batch = mQ.shape[0]
             grid = (cute.ceil_div(mQ.shape[1], plan.tile_m) * heads * batch, 1, 1)
-        row_bytes = 2 * (problem.head_dim + problem.head_dim_v)
+        row_bytes = (problem.head_dim + problem.head_dim_v) * (mK.element_type.width // 8)
         seqlen_k = mK.shape[0] // batch if problem.packed_k else mK.shape[1]
-        group = heads_in_l2(self.heads_per_kv(mQ, mK), seqlen_k, row_bytes)
-        self.kernel(mQ, mK, mV, mO, mLSE, lengths, modifiers, self.in_base_2(numbers), group).launch(
+        if cutlass.const_expr(problem.paged):
+            seqlen_k = lengths.page_table.shape[1] * problem.page_size
+        group = heads_in_l2(heads // mK.shape[-2], seqlen_k, row_bytes)
+        self.kernel(mQ, mK, mV, mO, mLSE, lengths, modifiers, in_base_2(problem, numbers), group).launch(
             grid=grid, block=(self.num_threads, 1, 1), smem=plan.smem_bytes, stream=stream,
             min_blocks_per_mp=plan.blocks_per_sm, preferred_smem_carveout=100,
         )  # fmt: skip
-
-    def in_base_2(self, numbers: Numbers) -> Numbers:
-        """softmax_scale becomes what the kernel multiplies a raw score by, softcap the cap_scale of apply_softcap."""
-        scale = numbers.softmax_scale * math.log2(math.e)
-        if not self.problem.softcap:
-            return numbers._replace(softmax_scale=scale)
-        cap = numbers.softcap * (-2.0 * math.log2(math.e))
-        return numbers._replace(softmax_scale=2.0 * scale / numbers.softcap, softcap=cap)
 
     @cute.kernel
     def kernel(
@@ -108,7 +102,7 @@ class FlashAttentionForwardSm80:
         group: Int32,
     ):
         problem, plan = self.problem, self.plan
-        heads = mQ.shape[1 if problem.packed_q else 2]
+        heads = mQ.shape[-2]
         lane = cute.arch.lane_idx()
         block, block_y, _ = cute.arch.block_idx()
         if cutlass.const_expr(problem.packed_q):
@@ -118,15 +112,32 @@ class FlashAttentionForwardSm80:
             m_blocks = cute.ceil_div(mQ.shape[1], plan.tile_m)
             tile = dense_tile(block, m_blocks, heads, mQ.shape[0], group)
         if tile.valid:
-            seq_q = sequence(mQ, tile.batch, lengths.cu_seqlens_q, lengths.seqused_q)
-            seq_k = sequence(mK, tile.batch, lengths.cu_seqlens_k, lengths.seqused_k)
-            window = (numbers.window_left, numbers.window_right)
-            blocks = block_range(
-                problem.mask, tile.m_block, plan.tile_m, plan.tile_n, seq_q.length, seq_k.length, *window
-            )
-            work = ForwardTile(self, tile, seq_q, seq_k, numbers)
-            loader = CpAsyncLoader(self, mQ, mK, mV, work.shared, tile, seq_q, seq_k)
-            work.run(loader, blocks, mO, mLSE)
+            self.compute(mQ, mK, mV, mO, mLSE, lengths, modifiers, numbers, tile)
+
+    @cute.jit
+    def compute(
+        self,
+        mQ: cute.Tensor,
+        mK: cute.Tensor,
+        mV: cute.Tensor,
+        mO: cute.Tensor,
+        mLSE: cute.Tensor | None,
+        lengths: Lengths,
+        modifiers: Modifiers,
+        numbers: Numbers,
+        tile: Tile,
+    ):
+        problem, plan = self.problem, self.plan
+        seq_q, seq_k, total_k = sequences(problem, mQ, mK, lengths, tile.batch)
+        of_keys = (seq_k.length, total_k)
+        blocks = block_range(problem, tile.m_block, plan.tile_m, plan.tile_n, seq_q.length, *of_keys, numbers)
+        heads_per_kv = mQ.shape[-2] // mK.shape[-2]
+        if cutlass.const_expr(problem.k_descale):
+            scale = numbers.softmax_scale * modifiers.k_descale[tile.batch, tile.head // heads_per_kv]
+            numbers = numbers._replace(softmax_scale=scale)
+        work = ForwardTile(self, tile, seq_q, *of_keys, modifiers, numbers, heads_per_kv)
+        make_loader = Fp8Loader if problem.kv_dtype else CpAsyncLoader
+        work.run(make_loader(self, mQ, mK, mV, work.shared, tile, seq_q, seq_k, lengths), blocks, mO, mLSE)
 
 
 class FlashAttentionForwardSm120(FlashAttentionForwardSm80):

@@ -16,7 +16,8 @@ from flash_attn_sm120.device.block_range import block_range
 from flash_attn_sm120.device.load_tma import TmaLoader, TmaSource, chunk_layout, rows_first
 from flash_attn_sm120.device.mainloop import ForwardTile
 from flash_attn_sm120.device.scheduler import dense_tile, heads_in_l2
-from flash_attn_sm120.device.seqlen import sequence
+from flash_attn_sm120.device.seqlen import sequences
+from flash_attn_sm120.device.softmax import in_base_2
 from flash_attn_sm120.kernels.forward import FlashAttentionForwardSm80
 from flash_attn_sm120.problem import AttentionProblem
 
@@ -50,14 +51,14 @@ class FlashAttentionForwardSm120Tma(FlashAttentionForwardSm80):
         assert modifiers.dropout_seed is None
         problem, plan = self.problem, self.plan
         heads = mQ.shape[2]
-        group = heads_in_l2(self.heads_per_kv(mQ, mK), mK.shape[1], 2 * (problem.head_dim + problem.head_dim_v))
+        group = heads_in_l2(heads // mK.shape[2], mK.shape[1], 2 * (problem.head_dim + problem.head_dim_v))
         op = cpasync.CopyBulkTensorTileG2SOp()
         atoms = []
         for tensor, layout in ((mQ, self.layout_q), (mK, self.layout_k), (mV, self.layout_v)):
             box = (layout.rows, layout.chunk_cols)
             atoms += [*cpasync.make_tiled_tma_atom(op, rows_first(tensor), chunk_layout(layout), box)]
         tiles = cute.ceil_div(mQ.shape[1], plan.tile_m) * heads * mQ.shape[0]
-        self.kernel(mQ, mK, mV, *atoms, mO, mLSE, self.in_base_2(numbers), group).launch(
+        self.kernel(mQ, mK, mV, *atoms, mO, mLSE, in_base_2(problem, numbers), group).launch(
             grid=(tiles, 1, 1), block=(self.num_threads, 1, 1), smem=plan.smem_bytes,
             stream=stream, min_blocks_per_mp=plan.blocks_per_sm, preferred_smem_carveout=100,
         )  # fmt: skip
@@ -83,16 +84,17 @@ class FlashAttentionForwardSm120Tma(FlashAttentionForwardSm80):
         block, _, _ = cute.arch.block_idx()
         heads = mQ.shape[2]
         tile = dense_tile(block, cute.ceil_div(mQ.shape[1], plan.tile_m), heads, mQ.shape[0], group)
-        seq_q, seq_k = sequence(mQ, tile.batch, None, None), sequence(mK, tile.batch, None, None)
-        bounds = (seq_q.length, seq_k.length, numbers.window_left, numbers.window_right)
-        blocks = block_range(problem.mask, tile.m_block, plan.tile_m, plan.tile_n, *bounds)
-        work = ForwardTile(self, tile, seq_q, seq_k, numbers)
+        seq_q, seq_k, total_k = sequences(problem, mQ, mK, Lengths(), tile.batch)
+        of_keys = (seq_k.length, total_k)
+        blocks = block_range(problem, tile.m_block, plan.tile_m, plan.tile_n, seq_q.length, *of_keys, numbers)
+        heads_per_kv = heads // mK.shape[2]
+        work = ForwardTile(self, tile, seq_q, *of_keys, Modifiers(), numbers, heads_per_kv)
         loader = TmaLoader(
             TmaSource(atom_q, gQ, mQ.element_type, self.layout_q, 0),
             TmaSource(atom_k, gK, mK.element_type, self.layout_k, self.offset_k),
             TmaSource(atom_v, gV, mV.element_type, self.layout_v, self.offset_v),
             cute.arch.get_dyn_smem(cutlass.Uint8, alignment=1024),
             tile,
-            tile.head // self.heads_per_kv(mQ, mK),
+            tile.head // heads_per_kv,
         )
         work.run(loader, blocks, mO, mLSE)
