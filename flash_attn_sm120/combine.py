@@ -12,7 +12,6 @@ import torch
 from flash_attn_sm120 import calls, checks, checks_serving, launchers
 from flash_attn_sm120.dispatch import MAX_PARTS
 from flash_attn_sm120.interface import signature
-from flash_attn_sm120.prepare import refuse_missing
 from flash_attn_sm120.problem import MAX_HEAD_DIM, CombineProblem
 from flash_attn_sm120.strides import aligned, has_whole_strides, reach, target_for
 
@@ -125,7 +124,6 @@ def _prepare(
         seqused=seqused is not None,
         sink="" if learnable_sink is None else str(learnable_sink.dtype).removeprefix("torch."),
     )
-    refuse_missing(problem)
     launcher = None
     if 0 in shape:
         launchers.check_device(out_partial.device, "out_partial")

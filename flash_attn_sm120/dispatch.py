@@ -123,33 +123,16 @@ def smem_bytes(problem: AttentionProblem, row: TileRow) -> int:
     return ELEMENT_BYTES * max(inputs, row.tile_m * dv) + TILE_NOTE_BYTES + BARRIER_BYTES
 
 
-# Attributes of a problem that a kernel has no code for; a kernel that isn't named has none at all. Code that lands for
-# an attribute takes it from here.
+# Attributes of a problem that a kernel has no code for.
 SPARSE = ("block_sparse", "dropout")
 SERVING = ("paged", "kv_dtype", "k_descale", "v_descale", "sink", "alibi", "chunked", "context_parallel")
 EXCLUDED = {
     "forward": (*SPARSE, "decode", "split"),
     "forward_tma": ("varlen", *SERVING, *SPARSE, "decode", "split"),
     "decode": SPARSE,
-    "combine": ("seqused", "sink"),
 }
-# What callers call them, and the value that doesn't ask for them.
-ARGUMENTS = {
-    "paged": ("page_table", "None"),
-    "kv_dtype": ("k", "q's dtype"),
-    "k_descale": ("k_descale", "None or a number"),
-    "v_descale": ("v_descale", "None or 1"),
-    "sink": ("learnable_sink", "None"),
-    "alibi": ("alibi_slopes", "None"),
-    "chunked": ("attention_chunk", "0"),
-    "context_parallel": ("cp_world_size", "1, or no mask, slopes and chunks"),
-    "block_sparse": ("block_sparse_tensors", "None"),
-    "dropout": ("dropout_p", "0"),
-    "decode": ("num_splits", "0 or 1"),
-    "split": ("num_splits", "0 or 1"),
-    "seqused": ("seqused", "None"),
-    "combine": ("flash_attn_combine", "no call"),
-}
+# Those that no kernel has: what callers call them, and the value that doesn't ask for them.
+NOT_OFFERED = {"block_sparse": ("block_sparse_tensors", "None"), "dropout": ("dropout_p", "0")}
 MAX_PARTS = 128  # that a combination takes
 DECODE_ROWS = 16  # query tokens of a sequence up to which the decode kernel is faster
 
@@ -161,19 +144,9 @@ def use_decode(max_seqlen_q: int | None, num_splits: int) -> bool:
     return num_splits > 1 or (max_seqlen_q is not None and max_seqlen_q <= DECODE_ROWS)
 
 
-def missing(problem: AttentionProblem | CombineProblem) -> str:
-    """What its kernel has no code for in a problem, as `argument: expected ..., got ...`; "" where it is offered."""
-    kernel = "combine" if isinstance(problem, CombineProblem) else ("forward", "decode")[problem.decode]
-    for attribute in EXCLUDED.get(kernel, (kernel,)):
-        if attribute == kernel or getattr(problem, attribute):
-            argument, neutral = ARGUMENTS[attribute]
-            return f"{argument}: expected {neutral}, got what no kernel offers yet"
-    return ""
-
-
 def can_implement(kernel: str, problem: AttentionProblem, arch: str) -> bool:
     """Whether the kernel gives right results for the problem on a target such as "sm_120a"."""
-    if kernel not in EXCLUDED or any(getattr(problem, name) for name in EXCLUDED[kernel]):
+    if any(getattr(problem, name) for name in EXCLUDED[kernel]):
         return False
     if kernel != "forward_tma":
         return problem.decode == (kernel == "decode")
@@ -207,9 +180,10 @@ def choose(problem: AttentionProblem | CombineProblem, arch: str = "sm_120a") ->
     """The plan for a problem: TMA where it may be used, as it measured faster for every head_dim; tiles are SM120's
     whatever the target. None for a combination, which has one way. Raises NotImplementedError for what no kernel does.
     """
-    if text := missing(problem):
-        raise NotImplementedError(text)
     if isinstance(problem, CombineProblem):
         return None
+    for attribute, (argument, neutral) in NOT_OFFERED.items():
+        if getattr(problem, attribute):
+            raise NotImplementedError(f"{argument}: expected {neutral}, got what no kernel offers yet")
     kernel = next(name for name in ("forward_tma", "forward", "decode") if can_implement(name, problem, arch))
     return plan_for(kernel, problem, arch)

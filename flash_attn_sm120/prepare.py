@@ -11,7 +11,7 @@ from flash_attn_sm120 import checks, checks_serving, dispatch, launchers
 from flash_attn_sm120.arguments import Numbers
 from flash_attn_sm120.calls import Call, Options, Tensors
 from flash_attn_sm120.modifiers import constant_way, nothing, way_of
-from flash_attn_sm120.problem import AttentionProblem, CombineProblem
+from flash_attn_sm120.problem import AttentionProblem
 from flash_attn_sm120.splits import Splits, choose_splits
 from flash_attn_sm120.strides import has_tma_strides, has_whole_strides, reach
 
@@ -27,7 +27,6 @@ def prepare(
     problem, cut = _with_decode(problem, num_splits, q, k, tensors, options, numbers, batch)
     if not (problem.varlen or problem.paged or problem.decode):  # strides choose between kernels for dense calls only
         problem = replace(problem, tma_strides=all(map(has_tma_strides, (q, k, v))))
-    refuse_missing(problem)
 
     packed_q, heads, heads_kv = problem.packed_q, q.shape[-2], k.shape[-2]
     out_shape = (*q.shape[:-1], v.shape[-1])
@@ -168,10 +167,6 @@ def _with_decode(
     if not dispatch.use_decode(rows, num_splits):
         return problem, Splits(1)
     decode = replace(problem, decode=True)
-    if num_splits > 1:
-        refuse_missing(replace(decode, split=True))
-    elif dispatch.missing(decode):
-        return problem, Splits(1)
     rows = q.shape[0] if rows is None else rows
     keys = keys_in_sight(_most_keys(k, tensors, options), rows, numbers)
     sms = launchers.sm_count(q.device)
@@ -183,12 +178,6 @@ def keys_in_sight(keys: int, rows: int, numbers: Numbers) -> int:
     """An upper bound of the keys that `rows` neighbouring rows see together."""
     sight, chunk = min(keys, rows + numbers.window_left + numbers.window_right), numbers.attention_chunk
     return min(sight, chunk * (-(-rows // chunk) + 1)) if chunk else sight
-
-
-def refuse_missing(problem: AttentionProblem | CombineProblem) -> None:
-    """Raises NotImplementedError where no kernel has code for a problem."""
-    if text := dispatch.missing(problem):
-        raise NotImplementedError(text)
 
 
 def _modifiers(

@@ -67,8 +67,6 @@ def get_scheduler_metadata(
     if num_splits or not dispatch.use_decode(max_seqlen_q, 0):
         return SchedulerMetadata(num_splits or 1)
     problem = AttentionProblem("bfloat16", headdim, headdim_v or headdim, decode=True)
-    if dispatch.missing(problem):
-        return SchedulerMetadata(1)
     _, left, right = checks.check_mask(causal, window_size)
     chunk = checks_serving.check_attention_chunk(attention_chunk)
     numbers = Numbers(window_left=left, window_right=right, attention_chunk=chunk)

@@ -98,15 +98,7 @@ def recorder():
 
 
 @pytest.fixture
-def all_offered(monkeypatch):
-    """Every feature has a kernel, as far as the dispatcher knows."""
-    for kernel, excluded in {"forward": ("decode", "split"), "decode": (), "combine": ()}.items():
-        monkeypatch.setitem(dispatch.EXCLUDED, kernel, excluded)
-    monkeypatch.setattr(calls, "known", {})
-
-
-@pytest.fixture
-def reference_kernels(all_offered):
+def reference_kernels():
     """Every problem is computed by the reference, on a CPU."""
     with launches_on_cpu(stand_in.load):
         yield

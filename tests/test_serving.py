@@ -7,7 +7,7 @@ import serving_cases
 import torch
 from hypothesis import HealthCheck, given, note, settings
 from hypothesis import strategies as st
-from oracle import SPEED, assert_right, ints, rand
+from oracle import SPEED, assert_right, ints, marks, rand
 from serving_cases import Case, cases
 from test_hypothesis import EXAMPLES
 
@@ -130,6 +130,31 @@ def test_combine(packed, num_splits, device):
         torch.testing.assert_close(lse[rows], exact_lse[rows], rtol=1e-5, atol=1e-5)
     alone, none = flash_attn_combine(parts, lse_parts, return_lse=False)
     assert none is None and torch.equal(alone[rows], flash_attn_combine(parts, lse_parts, cu_seqlens=where)[0][rows])
+
+
+@pytest.mark.parametrize("used", [False, True])
+@pytest.mark.parametrize("sink", [None, BF16, torch.float32])
+@pytest.mark.parametrize("packed", [False, True])
+def test_combine_with_a_sink_and_used_rows(packed, sink, used, device):
+    on, lengths = device.torch_device, [4] * 40 if packed else [4] * 3  # more sequences than lanes
+    parts, lse_parts = torch.randn(5, len(lengths), 4, 3, 40, device=on), torch.randn(5, len(lengths), 4, 3, device=on)
+    empty = torch.rand(lse_parts.shape, device=on) < 0.4
+    parts[empty], lse_parts[empty] = math.nan, -math.inf
+    lse_parts[:, 1, 0] = -math.inf
+    options = {"learnable_sink": None if sink is None else rand(on, 3, dtype=sink)}
+    if used:
+        options["seqused"] = torch.randint(0, 5, (len(lengths),), dtype=torch.int32, device=on)
+        options["seqused"][1] = 1
+    if packed:
+        parts, lse_parts, options["cu_seqlens"] = parts.flatten(1, 2), lse_parts.flatten(1, 2), marks(on, *lengths)
+    exact, exact_lse = reference.combine(parts, lse_parts, **options)
+    out, lse = flash_attn_combine(parts, lse_parts, out=torch.full_like(exact, math.nan), **options)
+    torch.testing.assert_close(out, exact, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(lse, exact_lse, rtol=1e-5, atol=1e-5)
+    row = (4,) if packed else (1, 0)
+    assert (out[row] == 0).all()
+    expected = torch.full((3,), -math.inf, device=on) if sink is None else options["learnable_sink"].float()
+    torch.testing.assert_close(lse[row], expected, rtol=1e-5, atol=1e-5)
 
 
 def test_wild_lengths_and_pages_touch_nothing_outside(device):

@@ -4,7 +4,7 @@ import pytest
 import torch
 from test_interface_errors import dense, ints, packed, t
 
-from flash_attn_sm120 import calls, checks, dispatch, flash_attn_combine, get_scheduler_metadata
+from flash_attn_sm120 import checks, flash_attn_combine, get_scheduler_metadata
 from flash_attn_sm120.problem import FP8_DTYPES
 
 F32, E4M3, E5M2 = torch.float32, torch.float8_e4m3fn, torch.float8_e5m2
@@ -155,7 +155,7 @@ WRONG = [
 
 
 @pytest.mark.parametrize("call, kind, argument, parts, changes", [w[1:] for w in WRONG], ids=[w[0] for w in WRONG])
-def test_wrong_call(call, kind, argument, parts, changes, all_offered):
+def test_wrong_call(call, kind, argument, parts, changes):
     with pytest.raises(Exception) as caught:
         call(**changes)
     assert type(caught.value) is kind, caught.value
@@ -166,55 +166,12 @@ def test_wrong_call(call, kind, argument, parts, changes, all_offered):
 
 
 @pytest.mark.parametrize("call", [paged, paged_packed, dense, packed])
-def test_a_right_call_on_the_cpu_asks_for_a_gpu(call, all_offered):
+def test_a_right_call_on_the_cpu_asks_for_a_gpu(call):
     with pytest.raises(ValueError, match=r"^q: expected a tensor on a CUDA device, got cpu"):
         call(num_splits=4)
 
 
-FEATURES = {
-    "paged": (paged, {}, "page_table"),
-    "kv_dtype": (dense, {"k": fp8(2, 11, 2, 64), "v": fp8(2, 11, 2, 64)}, "k"),
-    "k_descale": (dense, {"k_descale": t(2, 2, dtype=F32)}, "k_descale"),
-    "v_descale": (dense, {"v_descale": 2.0}, "v_descale"),
-    "sink": (dense, {"s_aux": t(4)}, "learnable_sink"),
-    "alibi": (dense, {"alibi_slopes": t(4, dtype=F32)}, "alibi_slopes"),
-    "chunked": (dense, {"attention_chunk": 4}, "attention_chunk"),
-    "context_parallel": (dense, {**RANKS, "causal": True}, "cp_world_size"),
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("attribute", FEATURES)
-@pytest.mark.parametrize("kernel", ["forward", "decode"])
-def test_what_a_kernel_excludes_is_refused_by_name(attribute, kernel, all_offered, monkeypatch, recorder):
-    call, changes, argument = FEATURES[attribute]
-    many = {"q": t(2, 17, 4, 64), "num_splits": {"forward": 0, "decode": 3}[kernel]}
-    call(**changes, **many)
-    assert recorder.problems[0].decode == (kernel == "decode")
-    monkeypatch.setitem(dispatch.EXCLUDED, kernel, (*dispatch.EXCLUDED[kernel], attribute))
-    calls.forget()
-    with pytest.raises(NotImplementedError, match=f"^{argument}: expected .*, got what no kernel offers yet"):
-        call(**changes, **many)
-    assert len(recorder.calls) == 1
-
-
-def test_splits_without_a_decode_kernel_are_refused(all_offered, monkeypatch, recorder):
-    monkeypatch.delitem(dispatch.EXCLUDED, "decode")
-    with pytest.raises(NotImplementedError, match=r"^num_splits: expected 0 or 1, got"):
-        dense(num_splits=2)
-    dense(num_splits=1)
-    dense(num_splits=0)
-    assert not any(problem.decode for problem in recorder.problems)
-    assert planned().num_splits == 1
-    monkeypatch.delitem(dispatch.EXCLUDED, "combine")
-    with pytest.raises(NotImplementedError, match=r"^flash_attn_combine: expected no call, got"):
-        combined()
-    monkeypatch.setitem(dispatch.EXCLUDED, "combine", ("seqused", "sink"))
-    for name, value in (("seqused", ints(1, 2)), ("learnable_sink", t(4))):
-        with pytest.raises(NotImplementedError, match=f"^{name}: expected None, got"):
-            combined(**{name: value})
-
-
-def test_pools_are_never_copied(all_offered, recorder):
+def test_pools_are_never_copied(recorder):
     odd = t(5, 8, 2, 65)[..., :64]
     shifted = t(5 * 8 * 2 * 64 + 8)[1:-7].view(5, 8, 2, 64)
     for pool in (odd, shifted, fp8(5, 8, 2, 72)[..., :64]):
@@ -225,7 +182,7 @@ def test_pools_are_never_copied(all_offered, recorder):
     assert not recorder.calls
 
 
-def test_gradients_of_modifiers(all_offered, recorder):
+def test_gradients_of_modifiers(recorder):
     sink = t(4, requires_grad=True)
     with pytest.raises(NotImplementedError, match=r"^learnable_sink: expected no gradient"):
         dense(learnable_sink=sink)
@@ -248,7 +205,7 @@ WRONG_VALUES = [
 
 
 @pytest.mark.parametrize("call, changes, argument, text", WRONG_VALUES)
-def test_wrong_values_are_found_on_request(call, changes, argument, text, all_offered, monkeypatch, recorder):
+def test_wrong_values_are_found_on_request(call, changes, argument, text, monkeypatch, recorder):
     call(**changes)
     monkeypatch.setattr(checks, "VALUE_CHECKS", True)
     with pytest.raises(ValueError, match=f"^{argument}: expected .*{text}"):
@@ -256,7 +213,7 @@ def test_wrong_values_are_found_on_request(call, changes, argument, text, all_of
     assert len(recorder.calls) == 1
 
 
-def test_right_values_pass_on_request(all_offered, monkeypatch, recorder):
+def test_right_values_pass_on_request(monkeypatch, recorder):
     monkeypatch.setattr(checks, "VALUE_CHECKS", True)
     wild = ints(0, 4, 2, 2**30).view(2, 2)
     paged(page_table=wild)
@@ -268,7 +225,7 @@ def test_right_values_pass_on_request(all_offered, monkeypatch, recorder):
 
 
 @pytest.mark.parametrize("name", FP8_DTYPES)
-def test_float8_is_taken(name, all_offered, recorder):
+def test_float8_is_taken(name, recorder):
     dtype = getattr(torch, name)
     paged(k=t(5, 8, 2, 64, dtype=dtype), v=t(5, 8, 2, 48, dtype=dtype), q_descale=1.0, block_table=None)
     assert recorder.problems[0].kv_dtype == name and recorder.problems[0].dtype == "bfloat16"

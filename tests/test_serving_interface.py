@@ -23,7 +23,6 @@ from flash_attn_sm120.problem import AttentionProblem, CombineProblem
 from flash_attn_sm120.splits import Splits
 
 BF16 = torch.bfloat16
-pytestmark = pytest.mark.usefixtures("all_offered")
 
 
 def ints(*values):

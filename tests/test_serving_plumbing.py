@@ -76,7 +76,7 @@ FAULTS = {
 
 @pytest.mark.parametrize("rows", [1, 30])
 @pytest.mark.parametrize("name", FAULTS)
-def test_a_kernel_that_forgets_something_is_found(name, rows, all_offered, monkeypatch):
+def test_a_kernel_that_forgets_something_is_found(name, rows, monkeypatch):
     case = Case([rows, rows], [90, 61], **FAULTS[name])
     right = reference.attention
 

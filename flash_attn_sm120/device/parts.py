@@ -18,14 +18,19 @@ def warp_reduce(value: Float32, combine) -> Float32:
     return value
 
 
-def part_weights(lses: list[Float32]) -> tuple[list[Float32], Float32]:
-    """lses: a warp's lanes hold a part each, 32 more in each further value, -inf where there is none. Returns what the
-    parts' out is multiplied by, in the same places, and the LSE of the row."""
+def part_weights(lses: list[Float32], sink: Float32 | None = None) -> tuple[list[Float32], Float32]:
+    """lses: a warp's lanes hold a part each, 32 more in each further value, -inf where there is none. sink: one more
+    logit. Returns what the parts' out is multiplied by, in the same places, and the LSE of the row."""
     values = [lse * math.log2(math.e) for lse in lses]
     top = warp_reduce(tree_reduce(list(values), cute.arch.fmax), cute.arch.fmax)
+    if sink is not None:
+        sink = sink * math.log2(math.e)
+        top = cute.arch.fmax(top, sink)
     base = cutlass.select_(top == NEG_INF, Float32(0.0), top)
     exponentials = [exp2(value - base) for value in values]
     total = warp_reduce(tree_reduce(list(exponentials), operator.add), operator.add)
+    if sink is not None:
+        total = total + exp2(sink - base)
     empty = top == NEG_INF
     factor = cutlass.select_(empty, Float32(0.0), reciprocal(total))
     lse = cutlass.select_(empty, Float32(NEG_INF), (base + log2(total)) * math.log(2.0))

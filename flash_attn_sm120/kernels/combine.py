@@ -28,6 +28,19 @@ from flash_attn_sm120.problem import CombineProblem
 WARPS = 4
 
 
+@cute.jit
+def is_used(token: Int32, cu_seqlens: cute.Tensor, seqused: cute.Tensor) -> cutlass.Boolean:
+    """Whether a packed row is one of those that its sequence uses. A warp looks at 32 sequences at a time."""
+    lane, batch, found = cute.arch.lane_idx(), seqused.shape[0], cutlass.Boolean(False)
+    for first in cutlass.range(0, batch, 32, unroll=1):
+        index, here = first + lane, cutlass.Boolean(False)
+        if index < batch:
+            start = cu_seqlens[index]
+            here = (token >= start) & (token < cutlass.min(cu_seqlens[index + 1], start + seqused[index]))
+        found = found | cute.arch.vote_any_sync(here)
+    return found
+
+
 class FlashAttentionCombine:
     """One launch combines all rows."""
 
@@ -44,15 +57,15 @@ class FlashAttentionCombine:
         mO: cute.Tensor,
         mLSE: cute.Tensor | None,
         mCuSeqlensQ: cute.Tensor | None,
-        mSeqused: None,
-        mSink: None,
+        mSeqused: cute.Tensor | None,
+        mSink: cute.Tensor | None,
         stream,
     ):
         """partial (num_splits, *out.shape) float32, lse_partial (num_splits, *lse.shape); out (batch, seqlen_q, heads,
         d_v), lse (batch, heads, seqlen_q), or (total_q, heads, d_v), (heads, total_q). Packed rows from
-        cu_seqlens_q[-1] on are left alone. `stream` stays last."""
+        cu_seqlens_q[-1] on are left alone; those of a sequence from seqused on become 0. `stream` stays last."""
         rows = mO.shape[-2] * mO.shape[-3] * (1 if self.problem.packed else mO.shape[0])
-        self.kernel(mPartial, mLSEPartial, mO, mLSE, mCuSeqlensQ).launch(
+        self.kernel(mPartial, mLSEPartial, mO, mLSE, mCuSeqlensQ, mSeqused, mSink).launch(
             grid=(rows, 1, 1), block=(32 * WARPS, 1, 1), smem=WARPS * self.turns * 512, stream=stream
         )
 
@@ -64,19 +77,28 @@ class FlashAttentionCombine:
         mO: cute.Tensor,
         mLSE: cute.Tensor | None,
         mCuSeqlensQ: cute.Tensor | None,
+        mSeqused: cute.Tensor | None,
+        mSink: cute.Tensor | None,
     ):
         row, _, _ = cute.arch.block_idx()
         heads = mO.shape[-2]
         token = row // heads
         head = row - token * heads
-        batch, exists = Int32(0), cutlass.Boolean(True)
+        batch, exists, used = Int32(0), cutlass.Boolean(True), cutlass.Boolean(True)
         if cutlass.const_expr(not self.problem.packed):
             batch = token // mO.shape[1]
             token = token - batch * mO.shape[1]
+            if cutlass.const_expr(mSeqused is not None):
+                used = token < mSeqused[batch]
         elif cutlass.const_expr(mCuSeqlensQ is not None):
             exists = token < clamp(mCuSeqlensQ[mCuSeqlensQ.shape[0] - 1], Int32(0), mO.shape[0])
+            if cutlass.const_expr(mSeqused is not None):
+                used = is_used(token, mCuSeqlensQ, mSeqused)
         if exists:
-            self.row(mPartial, mLSEPartial, mO, mLSE, batch, token, head)
+            sink = None
+            if cutlass.const_expr(mSink is not None):
+                sink = cutlass.select_(used, Float32(mSink[head]), Float32(NEG_INF))
+            self.row(mPartial, mLSEPartial, mO, mLSE, batch, token, head, used, sink)
 
     def place(self, strides: tuple, batch: Int32, first: Int32, second: Int32) -> Int64:
         """Elements to (batch, first, second), or to (first, second) where rows are packed."""
@@ -95,11 +117,14 @@ class FlashAttentionCombine:
         batch: Int32,
         token: Int32,
         head: Int32,
+        used: cutlass.Boolean,
+        sink: Float32 | None,
     ):
         lane, warp = cute.arch.lane_idx(), cute.arch.make_warp_uniform(cute.arch.warp_idx())
         num_splits = mPartial.shape[0]
         lses = self.lses(mLSEPartial, self.place(mLSEPartial.stride[1:], batch, head, token), lane)
-        weights, lse = part_weights(lses)
+        lses = [cutlass.select_(used, lse, Float32(NEG_INF)) for lse in lses]
+        weights, lse = part_weights(lses, sink)
         columns = LaneColumns(self.problem.head_dim_v, lane)
         sums = cute.make_rmem_tensor((4 * self.turns,), Float32)
         sums.fill(0.0)
