@@ -12,6 +12,7 @@ pytest.importorskip("cutlass")
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 import ceiling
 import forward
+import prefill
 
 from flash_attn_sm120 import simulator
 from flash_attn_sm120.hot_path import hot_path
@@ -44,6 +45,16 @@ def test_read_loop_reads_every_word(build):
     with simulator.simulate():
         simulator.launch(build(ceiling.ReadLoop), (words, out))
     assert torch.equal(out, reduce(xor, (words[step, ..., i] for step in range(len(words)) for i in range(4))))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float8_e4m3fn])
+def test_a_pool_has_each_row_where_the_table_says(dtype):
+    rows, table = torch.randn(2, 32, 3, 16), torch.randperm(8).int().view(2, 4)
+    pool = prefill.pool(rows, table, 8, dtype)
+    assert pool.dtype == dtype and pool.shape == (8, 8, 3, 16)
+    for batch, row in ((0, 0), (0, 9), (1, 31), (1, 16)):
+        found = pool[table[batch, row // 8], row % 8]
+        assert torch.equal(found.float(), rows[batch, row].to(dtype).float())
 
 
 @pytest.mark.parametrize("mask, window", [("full", None), ("causal", None), ("causal", 2), ("causal", 100)])

@@ -7,7 +7,7 @@ import sys
 import pytest
 import torch
 
-from flash_attn_sm120 import cli, dispatch, matrix, terminal
+from flash_attn_sm120 import cli, dispatch, matrix, terminal, variants
 from flash_attn_sm120.problem import AttentionProblem
 
 no_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="says what happens without a GPU")
@@ -98,7 +98,7 @@ def test_compile_judges(stack, warps, verdict, monkeypatch, capsys):
     plan = dispatch.choose(problem)
     fields = {name: getattr(plan, name) for name in plan.__dataclass_fields__}
     plan = dispatch.Plan(**{**fields, "num_warps": warps, "smem_bytes": 96 << 10})
-    monkeypatch.setattr(dispatch, "variants", lambda: [problem], raising=False)
+    monkeypatch.setattr(variants, "variants", lambda: [problem])
     monkeypatch.setattr(dispatch, "choose", lambda problem, arch: plan)
     monkeypatch.setattr(compile_module, "build", lambda *a, **k: type("Built", (), {"__cubin__": b""}))
     monkeypatch.setattr(cubin, "read", lambda data: [cubin.KernelResources("k", 168, stack, 1024)])
@@ -115,7 +115,7 @@ def test_compile_shows_predictions_and_says_when_it_cannot(monkeypatch, capsys):
     from flash_attn_sm120 import sass
 
     problem = AttentionProblem("bfloat16", 64, 64)
-    monkeypatch.setattr(dispatch, "variants", lambda: [problem])
+    monkeypatch.setattr(variants, "variants", lambda: [problem])
     assert cli.main(["compile", "--arch", "sm_120a"]) == 0
     header, line, *rest = capsys.readouterr().out.splitlines()
     cells = dict(zip(re.split("  +", header), re.split("  +", line), strict=True))

@@ -163,15 +163,14 @@ class KeysAndValues:
         return [tile * self.tile_n + own.first + i * part for i in range(self.parts)]
 
     def page_numbers(self, tile: Int32) -> list[Int32]:
-        """The page of each part, inside the pool whatever the table holds; [] where there are no pages. Entries beyond
-        the sequence aren't read."""
+        """The page of each part, as the table has it; [] where there are no pages. Entries beyond the sequence aren't
+        read."""
         if not self.page_size:
             return []
         pages = []
         for key in self._keys(self.sharing.own(), tile):
             index = cutlass.min(divide(cutlass.max(key, Int32(0)), self.page_size), self.last_page)
-            page = load_global_b32_if(self.table + Int64(index) * 4, Int32(self.length > 0))
-            pages.append(clamp(page, Int32(0), self.num_pages - 1))
+            pages.append(load_global_b32_if(self.table + Int64(index) * 4, Int32(self.length > 0)))
         return pages
 
     def hold(self, pages: list[Int32], after: list[Int32]) -> None:
@@ -189,11 +188,12 @@ class KeysAndValues:
         return pages
 
     def starts(self, source: RowSource, own: ThreadRows, tile: Int32, pages: list[Int32]) -> list[Int64]:
-        """What source.load takes."""
+        """What source.load takes; inside the pool whatever the table holds. Here, as page numbers are waited for."""
         if not self.page_size:
             return [Int64(tile * self.tile_n + own.first) * source.row_stride]
         found = []
         for key, page in zip(self._keys(own, tile), pages, strict=True):
+            page = clamp(page, Int32(0), self.num_pages - 1)
             row = key - divide(key, self.page_size) * self.page_size
             found.append(Int64(page) * source.page_stride + Int64(row) * source.row_stride)
         return found
