@@ -32,7 +32,8 @@ class Plan:
     blocks_per_sm: int
     smem_bytes: int
     q_in_registers: bool = False
-    loading_warps: int = 4  # one of them works; registers change hands between groups of four
+    loading_warps: int = 4  # registers change hands between groups of four
+    copying_warps: int = 1  # at most, of the loading ones; the others only give their registers
     loading_registers: int = 0
     matrix_registers: int = 0
     stages: int = 1
@@ -107,6 +108,7 @@ REGISTERS = {
     ("tma", 8, 32): (24, 240),
     ("tma", 8, 64): (24, 240),
 }
+COPYING_WARPS = {"cp_async": 1, "pages": 4, "fp8": 4, "tma": 1}
 
 
 def loading_way(kernel: str, problem: AttentionProblem) -> str:
@@ -170,9 +172,11 @@ def plan_for(kernel: str, problem: AttentionProblem, arch: str = "sm_120a") -> P
     plan = Plan(
         kernel, row.tile_m, row.tile_n, row.num_warps, row.blocks_per_sm, smem_bytes(problem, row), row.q_in_registers
     )
+    way = loading_way(kernel, problem)
+    plan = replace(plan, copying_warps=COPYING_WARPS[way])
     if compute_capability(arch) < 9:  # registers can't change hands, so one block has all of them
         return replace(plan, blocks_per_sm=1)
-    loading, matrix = REGISTERS[loading_way(kernel, problem), row.num_warps, row.tile_n]
+    loading, matrix = REGISTERS[way, row.num_warps, row.tile_n]
     return replace(plan, loading_registers=loading, matrix_registers=matrix)
 
 

@@ -70,7 +70,7 @@ def test_a_launcher_is_found_once(gpu, monkeypatch):
     q = rand(gpu, 1, 30, 1, 64)
     flash_attn_func(q, q, q, softcap=11.0)
     monkeypatch.setattr(compile_module, "load", lambda *_: pytest.fail("looked for again"))
-    for rows in (1, 30, 500):
+    for rows in (17, 30, 500):  # few rows are the decode kernel's
         q = rand(gpu, 2, rows, 6, 64)
         flash_attn_func(q, q[:, :, :2], q[:, :, :2], softcap=12.0, softmax_scale=0.3)
 

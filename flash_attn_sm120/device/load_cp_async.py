@@ -1,40 +1,41 @@
-"""Tiles through cp.async: one warp copies, mbarriers count its lanes as their copies land."""
+"""Tiles through cp.async: mbarriers count the lanes of the copying warps as their copies land."""
 
 from __future__ import annotations
 
 from cutlass import Int32, Int64, cute
 
 from flash_attn_sm120.device.block_range import BlockRange
-from flash_attn_sm120.device.paged_kv import LANES, KeysAndValues, RowSource, Sharing
-from flash_attn_sm120.device.ptx import lane_anew
+from flash_attn_sm120.device.paged_kv import LANES, KeysAndValues, RowSource, Sharing, warps_that_copy
+from flash_attn_sm120.device.ptx import lane_anew, thread_anew
 from flash_attn_sm120.device.scheduler import Tile
 from flash_attn_sm120.device.seqlen import Sequence
 
 
 class QueryLoader:
-    """Brings the Q tile of (m_block, head, batch) to `shared`."""
+    """Brings the Q tile of (m_block, head, batch) to `shared`. warps: of the loading ones, those that copy."""
 
-    q_arrivals = LANES
-
-    def __init__(self, config, mQ: cute.Tensor, shared: Int32, tile: Tile, seq_q: Sequence):
+    def __init__(self, config, mQ: cute.Tensor, shared: Int32, tile: Tile, seq_q: Sequence, warps: int):
         problem, layout = config.problem, config.layout_q
+        self.warps, self.q_arrivals = warps, LANES * warps
         self.config, self.shared, self.tile, self.seq_q = config, shared, tile, seq_q
-        self.sharing = Sharing(lane_anew, LANES, layout.units, layout.rows, neighbours=False)
+        self.sharing = Sharing(self.thread, LANES * warps, layout.units, layout.rows, neighbours=False)
         self.q = RowSource(mQ, layout, seq_q, tile.head, problem.packed_q, problem.head_dim)
+
+    def thread(self) -> Int32:
+        """Of those that copy; where one warp does, its lanes are all."""
+        return lane_anew() if self.warps == 1 else thread_anew() - LANES * self.config.plan.num_warps
 
     def load_q(self, barrier: cute.Pointer) -> None:
         first_row = self.tile.m_block * self.config.plan.tile_m
         own = self.sharing.own()
         start = Int64(first_row + own.first) * self.q.row_stride
-        self.q.load(own, self.shared, first_row, [start], None, self.seq_q.length)
+        self.q.load(own, self.shared, first_row, start, None, self.seq_q.length)
         cute.arch.cp_async_mbarrier_arrive_noinc(barrier)
 
 
 class CpAsyncLoader(QueryLoader):
     """Q, and the tiles of its KV head, from tensors in any layout or from the pages of a pool."""
 
-    arrivals = LANES
-    warps = 1
     starts_early = True  # load_k and load_v may run before the block's warps have met
 
     def __init__(
@@ -49,14 +50,16 @@ class CpAsyncLoader(QueryLoader):
         seq_k: Sequence,
         lengths,
     ):
-        super().__init__(config, mQ, shared, tile, seq_q)
+        super().__init__(config, mQ, shared, tile, seq_q, warps_that_copy(config, RowSource, config.plan.copying_warps))
+        self.arrivals = self.q_arrivals
         head_kv = tile.head // (mQ.shape[-2] // mK.shape[-2])
-        self.keys = KeysAndValues(config, mK, mV, tile.batch, seq_k, head_kv, lengths, lane_anew)
+        self.keys = KeysAndValues(config, mK, mV, tile.batch, seq_k, head_kv, lengths, self.thread, self.warps)
         self.keys.bounds = (None, seq_k.length)
 
     def begin(self, blocks: BlockRange) -> None:
         """Before the first load, of the last block."""
-        self.keys.hold(self.keys.page_numbers(blocks.end - 1), self.keys.page_numbers(blocks.end - 1))
+        page = self.keys.page_number(blocks.end - 1)
+        self.keys.hold(page, page)
 
     def load_k(self, n: Int32, barrier: cute.Pointer) -> None:
         self.keys.load_k(self.shared + self.config.offset_k, n, self.keys.turn(n - 1))

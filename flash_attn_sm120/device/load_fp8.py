@@ -8,8 +8,8 @@ from cutlass import Int32, Int64, cute
 from flash_attn_sm120.device.block_range import BlockRange
 from flash_attn_sm120.device.fp8 import KINDS
 from flash_attn_sm120.device.load_cp_async import QueryLoader
-from flash_attn_sm120.device.paged_kv import LANES, KeysAndValues, RowSource, Sharing, ThreadRows
-from flash_attn_sm120.device.ptx import fp8_to_f16, lane_anew, load_global_v4_if, store_shared_v4, thread_anew
+from flash_attn_sm120.device.paged_kv import KeysAndValues, RowSource, Sharing, ThreadRows, warps_that_copy
+from flash_attn_sm120.device.ptx import fp8_to_f16, lane_anew, load_global_v4_if, store_shared_v4
 from flash_attn_sm120.device.scheduler import Tile
 from flash_attn_sm120.device.seqlen import Sequence
 from flash_attn_sm120.device.tile import VECTOR
@@ -28,24 +28,15 @@ class Fp8Rows(RowSource):
         step = sharing.width * self.units_a_load
         return [(i, unit) for i in range(sharing.count) for unit in range(0, self.layout.cols // VECTOR, step)]
 
-    def fetch(
-        self, own: ThreadRows, place: tuple[int, int], first_row: Int32, starts: list[Int64], end: Int32
-    ) -> list[Int32]:
+    def fetch(self, own: ThreadRows, place: tuple[int, int], first_row: Int32, start: Int64, end: Int32) -> list[Int32]:
         """Starts a load; zeros, and nothing read, from row `end` on and where the tensor has no columns."""
         i, first_unit = place
-        part = own.count // len(starts)
         first_byte = first_unit * VECTOR
-        start = (
-            self.address
-            + Int64(own.unit * 16)
-            + starts[i // part]
-            + i % part * (own.step * self.row_stride)
-            + first_byte
-        )
+        address = self.address + start + Int64(own.unit * 16) + i * (own.step * self.row_stride) + first_byte
         exists = first_row + own.first + i * own.step < end
         if first_byte + own.width * 16 > self.row_bytes:
             exists = exists & (first_byte + own.unit * 16 < self.row_bytes)
-        return load_global_v4_if(start, Int32(exists))
+        return load_global_v4_if(address, Int32(exists))
 
     def store(self, own: ThreadRows, place: tuple[int, int], shared: Int32, words: list[Int32], kind: str) -> None:
         i, first_unit = place
@@ -57,7 +48,7 @@ class Fp8Rows(RowSource):
 
 
 class Fp8Loader(QueryLoader):
-    """Q by the first loading warp; the tiles of its KV head, from tensors in any layout or the pages of a pool."""
+    """Q, and the tiles of its KV head, from tensors in any layout or from the pages of a pool."""
 
     starts_early = False
 
@@ -73,12 +64,11 @@ class Fp8Loader(QueryLoader):
         seq_k: Sequence,
         lengths,
     ):
-        super().__init__(config, mQ, shared, tile, seq_q)
-        self.warps = self.arrivals = config.fp8_warps
+        super().__init__(config, mQ, shared, tile, seq_q, warps_that_copy(config, Fp8Rows, config.plan.copying_warps))
+        self.arrivals = self.warps
         self.kind = KINDS[config.problem.kv_dtype]
-        first_thread = LANES * config.plan.num_warps
         head_kv = tile.head // (mQ.shape[-2] // mK.shape[-2])
-        place = (tile.batch, seq_k, head_kv, lengths, lambda: thread_anew() - first_thread, LANES * self.warps)
+        place = (tile.batch, seq_k, head_kv, lengths, self.thread, self.warps)
         self.keys = KeysAndValues(config, mK, mV, *place, source=Fp8Rows)
         self.length = seq_k.length
         self.words = cute.make_rmem_tensor((BATCH * WORDS,), Int32)  # on their way: the next loads that are stored
@@ -87,8 +77,8 @@ class Fp8Loader(QueryLoader):
     def begin(self, blocks: BlockRange) -> None:
         """Before the first load, of the last block."""
         self.first_block = blocks.begin
-        pages = self.keys.page_numbers(blocks.end - 1)
-        self.keys.hold(pages, pages)
+        page = self.keys.page_number(blocks.end - 1)
+        self.keys.hold(page, page)
         self._fetch_k(blocks.end - 1)
 
     def load_k(self, n: Int32, barrier: cute.Pointer) -> None:
@@ -119,9 +109,9 @@ class Fp8Loader(QueryLoader):
 
     def _fetch(self, source: Fp8Rows, n: Int32, first: int) -> None:
         own = self.keys.sharing.own()
-        starts = self.keys.starts(source, own, n, self.keys.held())
+        start = self.keys.start(source, own, n, self.keys.held())
         for i, place in enumerate(source.loads(self.keys.sharing)[first : first + BATCH]):
-            words = source.fetch(own, place, n * self.keys.tile_n, starts, self.length)
+            words = source.fetch(own, place, n * self.keys.tile_n, start, self.length)
             for j, word in enumerate(words):
                 self.words[WORDS * i + j] = word
 
@@ -136,9 +126,3 @@ class Fp8Loader(QueryLoader):
     def _fetch_next_k(self, n: Int32):
         if n > self.first_block:
             self._fetch_k(n - 1)
-
-
-def fp8_warps(layout_k, layout_v, warps: int) -> int:
-    """How many of the loading warps have a row of a tile, or more."""
-    width = min(layout_k.units, layout_v.units) // Fp8Rows.units_a_load
-    return min(warps, layout_k.rows * width // LANES)

@@ -36,7 +36,7 @@ from flash_attn_sm120.device.visible import is_band, visible_columns
 
 BARRIERS = ("q_full", "k_full", "k_free", "v_full", "v_free")
 Q_COLUMNS_KEPT = 240  # in registers, where Q is; head_dim 256 leaves none for the rest
-MATRIX_BARRIER = 1  # named barrier of the matrix warps
+MATRIX_BARRIER, COPYING_BARRIER = 1, 2  # named barriers of the matrix warps and of those that copy
 
 
 class ForwardTile:
@@ -102,7 +102,7 @@ class ForwardTile:
         if self.warp >= plan.num_warps:
             if cutlass.const_expr(plan.hands_over_registers):
                 cute.arch.setmaxregister_decrease(plan.loading_registers)
-            if self.warp < plan.num_warps + self.loader.warps:
+            if self.copies():
                 self.feed(blocks)
         else:
             if cutlass.const_expr(plan.hands_over_registers):
@@ -112,13 +112,16 @@ class ForwardTile:
 
     @cute.jit
     def start(self, blocks: BlockRange):
-        """The loading warp makes the barriers and starts the first copies while the other warps get ready."""
+        """A loading warp makes the barriers, and those that copy start with it while the others get ready."""
         if self.warp == self.config.plan.num_warps:
             if self.lane == 0:
                 for name, count in self.arrivals().items():
                     cute.arch.mbarrier_init(self.bars[name], count)
             cute.arch.mbarrier_init_fence()
             cute.arch.sync_warp()
+        if self.copies():
+            if cutlass.const_expr(self.loader.warps > 1):
+                cute.arch.barrier(barrier_id=COPYING_BARRIER, number_of_threads=32 * self.loader.warps)
             self.loader.load_q(self.bars["q_full"])
             if cutlass.const_expr(self.loader.starts_early):
                 if blocks.begin < blocks.end:
@@ -128,6 +131,13 @@ class ForwardTile:
         if self.thread == 0:
             self.write_note(blocks)
         cute.arch.sync_threads()
+
+    def copies(self) -> cutlass.Boolean:
+        """Whether the warp is one of those that copy."""
+        first = self.config.plan.num_warps
+        if self.loader.warps == 1:
+            return self.warp == first
+        return (self.warp >= first) & (self.warp < first + self.loader.warps)
 
     def arrivals(self) -> dict[str, int]:
         """That each barrier waits for."""

@@ -62,7 +62,7 @@ class DecodeLoop:
 
     def first_pages(self, first: Int32, step: int) -> list:
         """Page numbers of the granules that are loaded before the first is multiplied, and of the next."""
-        return [self.keys.page_numbers(first + i * step) for i in range((self.ahead + 1) // 2 + 1)]
+        return [self.keys.page_number(first + i * step) for i in range((self.ahead + 1) // 2 + 1)]
 
     @cute.jit
     def run(
@@ -94,8 +94,8 @@ class DecodeLoop:
             cute.arch.cp_async_commit_group()
         self.keys.hold(*pages[-2:])
 
-    def load(self, granule: Int32, is_v: int, shared: Int32, pages: list) -> None:
-        (self.keys.load_v if is_v else self.keys.load_k)(shared, granule, pages)
+    def load(self, granule: Int32, is_v: int, shared: Int32, page: Int32 | None) -> None:
+        (self.keys.load_v if is_v else self.keys.load_k)(shared, granule, page)
 
     @cute.jit
     def granule(self, first: Int32, step: cutlass.Constexpr, i: Int32, count: Int32, tSrQ: cutlass.Constexpr):

@@ -6,7 +6,6 @@ number serves them all; K and V share it.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -54,7 +53,7 @@ class Sharing:
     """How `threads` share the copying of a tile of `rows` rows: `width` of them a row; all powers of two.
 
     thread: which of them one is. It is called for each copy, so that what follows from it needs no register between two
-    copies where thread_anew() stands behind it. neighbours: a thread's rows follow one another, else those of threads.
+    copies where thread_anew() stands behind it. neighbours: a thread's rows follow one another, else neighbours' do.
     """
 
     thread: Callable[[], Int32]
@@ -76,6 +75,16 @@ class Sharing:
         return ThreadRows(group, unit, self.threads // self.width, self.count, self.width)
 
 
+def row_width(config, source: type) -> int:
+    """Threads that share a row of K or V: as many as its chunks have loads, of whichever has fewer."""
+    return min(config.layout_k.units, config.layout_v.units) // source.units_a_load
+
+
+def warps_that_copy(config, source: type, most: int) -> int:
+    """Of `most`, those that have a row or more of a tile of K or V."""
+    return min(most, config.plan.tile_n * row_width(config, source) // LANES)
+
+
 class RowSource:
     """The rows of one (batch, head) of a tensor, to be copied with cp.async in units of 16 bytes."""
 
@@ -90,15 +99,14 @@ class RowSource:
         self.page_stride = Int64(0) if packed else Int64(tensor.stride[0]) * (tensor.element_type.width // 8)
 
     def load(
-        self, own: ThreadRows, shared: Int32, first_row: Int32, starts: list[Int64], begin: Int32 | None, end: Int32
+        self, own: ThreadRows, shared: Int32, first_row: Int32, start: Int64, begin: Int32 | None, end: Int32
     ) -> None:
-        """Starts the copy of a tile. starts: where equal parts of the thread's rows begin, bytes from `address`; rows
-        before `begin` or from `end` on become zeros and aren't read."""
+        """Starts the copy of a tile. start: where the thread's first row begins, bytes from `address`; rows before
+        `begin` or from `end` on become zeros and aren't read."""
         layout = self.layout
-        part = own.count // len(starts)
-        address = self.address + Int64(own.unit * 16)
+        start = self.address + start + Int64(own.unit * 16)
         for i in range(own.count):
-            start = address + starts[i // part] + i % part * (own.step * self.row_stride)
+            address = start + i * (own.step * self.row_stride)
             row = first_row + own.first + i * own.step
             inside = row < end
             if begin is not None:
@@ -111,7 +119,7 @@ class RowSource:
                 beyond = i * own.step * layout.row_bytes
                 target = shared + own.offset(layout, i, own.unit + unit) - beyond
                 offset = chunk * layout.chunk_bytes + beyond
-                cp_async_16(target, start, Int32(exists) * 16, offset, first_byte)
+                cp_async_16(target, address, Int32(exists) * 16, offset, first_byte)
 
 
 class KeysAndValues:
@@ -130,80 +138,65 @@ class KeysAndValues:
         head: Int32,
         lengths,
         thread: Callable[[], Int32],
-        threads: int = LANES,
+        warps: int = 1,
         source: type = RowSource,
     ):
-        """thread: which of the `threads` that copy a tile one is, see Sharing."""
+        """thread: which of those of the `warps` that copy a tile one is, see Sharing."""
         problem = config.problem
         self.page_size, self.tile_n, self.length = problem.page_size, config.plan.tile_n, seq.length
         self.bounds = None
         places = ((mK, config.layout_k, problem.head_dim), (mV, config.layout_v, problem.head_dim_v))
         self.k, self.v = (source(tensor, layout, seq, head, problem.packed_k, cols) for tensor, layout, cols in places)
-        width = min(config.layout_k.units, config.layout_v.units) // source.units_a_load
-        # a thread's rows lie in one page, or in as few as can be
-        self.sharing = Sharing(thread, threads, width, self.tile_n, neighbours=problem.page_size % self.tile_n != 0)
-        self.parts = 1
-        if self.sharing.neighbours:
-            self.parts = self.sharing.count // math.gcd(self.sharing.count, problem.page_size)
+        # so that all rows of a thread are in one page, as pages have whole eights
+        neighbours = problem.page_size % self.tile_n != 0
+        self.sharing = Sharing(thread, LANES * warps, row_width(config, source), self.tile_n, neighbours)
+        assert not neighbours or 8 % self.sharing.count == 0
         if problem.page_size:
             table = lengths.page_table
             self.num_pages = mK.shape[0]
             self.table = table.iterator.toint() + Int64(batch) * Int64(table.stride[0]) * 4
             self.last_page = divide(cutlass.max(seq.length, Int32(1)) - 1, self.page_size)
-        self._held = cute.make_rmem_tensor((max(2 * self.pages, 1),), Int32)
+        # Page numbers of the tile whose K was loaded last, and of the one whose K comes next.
+        self._page, self._next_page = (cute.make_rmem_tensor((1,), Int32) for _ in range(2))
 
-    @property
-    def pages(self) -> int:
-        """Page numbers that a thread needs for a tile."""
-        return self.parts if self.page_size else 0
-
-    def _keys(self, own: ThreadRows, tile: Int32) -> list[Int32]:
-        """First key of each part of the thread's rows."""
-        part = own.count // self.parts
-        return [tile * self.tile_n + own.first + i * part for i in range(self.parts)]
-
-    def page_numbers(self, tile: Int32) -> list[Int32]:
-        """The page of each part, as the table has it; [] where there are no pages. Entries beyond the sequence aren't
+    def page_number(self, tile: Int32) -> Int32 | None:
+        """Of the thread's rows, as the table has it; None where there are no pages. Entries beyond the sequence aren't
         read."""
         if not self.page_size:
-            return []
-        pages = []
-        for key in self._keys(self.sharing.own(), tile):
-            index = cutlass.min(divide(cutlass.max(key, Int32(0)), self.page_size), self.last_page)
-            pages.append(load_global_b32_if(self.table + Int64(index) * 4, Int32(self.length > 0)))
-        return pages
+            return None
+        key = cutlass.max(tile * self.tile_n + self.sharing.own().first, Int32(0))
+        index = cutlass.min(divide(key, self.page_size), self.last_page)
+        return load_global_b32_if(self.table + Int64(index) * 4, Int32(self.length > 0))
 
-    def hold(self, pages: list[Int32], after: list[Int32]) -> None:
-        """Keeps the page numbers of the tile whose K was loaded last, and of the one whose K comes next."""
-        for i in range(self.pages):
-            self._held[i], self._held[self.pages + i] = pages[i], after[i]
+    def hold(self, page: Int32 | None, next_page: Int32 | None) -> None:
+        """Keeps the page numbers of two tiles for turn."""
+        if self.page_size:
+            self._page[0], self._next_page[0] = page, next_page
 
-    def held(self) -> list[Int32]:
-        return [self._held[i] for i in range(self.pages)]
+    def held(self) -> Int32 | None:
+        return self._page[0] if self.page_size else None
 
-    def turn(self, after: Int32) -> list[Int32]:
-        """The page numbers of the tile whose K comes next, and has come then; those of tile `after` are looked up."""
-        pages = [self._held[self.pages + i] for i in range(self.pages)]
-        self.hold(pages, self.page_numbers(after))
-        return pages
+    def turn(self, after: Int32) -> Int32 | None:
+        """The page number of the tile whose K comes next, and has come then; that of tile `after` is looked up."""
+        page = self._next_page[0] if self.page_size else None
+        self.hold(page, self.page_number(after))
+        return page
 
-    def starts(self, source: RowSource, own: ThreadRows, tile: Int32, pages: list[Int32]) -> list[Int64]:
+    def start(self, source: RowSource, own: ThreadRows, tile: Int32, page: Int32 | None) -> Int64:
         """What source.load takes; inside the pool whatever the table holds. Here, as page numbers are waited for."""
-        if not self.page_size:
-            return [Int64(tile * self.tile_n + own.first) * source.row_stride]
-        found = []
-        for key, page in zip(self._keys(own, tile), pages, strict=True):
-            page = clamp(page, Int32(0), self.num_pages - 1)
-            row = key - divide(key, self.page_size) * self.page_size
-            found.append(Int64(page) * source.page_stride + Int64(row) * source.row_stride)
-        return found
+        key = tile * self.tile_n + own.first
+        if page is None:
+            return Int64(key) * source.row_stride
+        row = key - divide(key, self.page_size) * self.page_size
+        page = clamp(page, Int32(0), self.num_pages - 1)
+        return Int64(page) * source.page_stride + Int64(row) * source.row_stride
 
-    def load_k(self, shared: Int32, tile: Int32, pages: list[Int32]) -> None:
-        self._load(self.k, shared, tile, pages)
+    def load_k(self, shared: Int32, tile: Int32, page: Int32 | None) -> None:
+        self._load(self.k, shared, tile, page)
 
-    def load_v(self, shared: Int32, tile: Int32, pages: list[Int32]) -> None:
-        self._load(self.v, shared, tile, pages)
+    def load_v(self, shared: Int32, tile: Int32, page: Int32 | None) -> None:
+        self._load(self.v, shared, tile, page)
 
-    def _load(self, source: RowSource, shared: Int32, tile: Int32, pages: list[Int32]) -> None:
+    def _load(self, source: RowSource, shared: Int32, tile: Int32, page: Int32 | None) -> None:
         own = self.sharing.own()
-        source.load(own, shared, tile * self.tile_n, self.starts(source, own, tile, pages), *self.bounds)
+        source.load(own, shared, tile * self.tile_n, self.start(source, own, tile, page), *self.bounds)

@@ -14,7 +14,7 @@ from cutlass import Int32, cute
 from flash_attn_sm120.arguments import Lengths, Modifiers, Numbers
 from flash_attn_sm120.device.block_range import block_range
 from flash_attn_sm120.device.load_cp_async import CpAsyncLoader
-from flash_attn_sm120.device.load_fp8 import Fp8Loader, fp8_warps
+from flash_attn_sm120.device.load_fp8 import Fp8Loader
 from flash_attn_sm120.device.mainloop import ForwardTile
 from flash_attn_sm120.device.ptx import PTX_DTYPE
 from flash_attn_sm120.device.scheduler import Tile, dense_tile, heads_in_l2, packed_tile
@@ -47,7 +47,6 @@ class FlashAttentionForwardSm80:
         self.layout_o = TileLayout(plan.tile_m, padded(problem.head_dim_v))
         self.offset_k = self.layout_q.bytes
         self.offset_v = self.offset_k + self.layout_k.bytes
-        self.fp8_warps = fp8_warps(self.layout_k, self.layout_v, plan.loading_warps)
 
     @classmethod
     def can_implement(cls, problem: AttentionProblem, arch: str) -> bool:
