@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from flash_attn_sm120.decode_plan import decode_memory, decode_row
 from flash_attn_sm120.problem import ELEMENT_BYTES, MASKS, AttentionProblem, CombineProblem, padded
 
+FP8_COPYING_WARPS = 4  # which convert; cp.async is issued faster by one. Evidence: benchmarks/NOTES.md, "One main loop"
 BARRIER_BYTES = 64  # mbarriers, behind the note
 MAX_SPLITS = 64  # parts of a sequence in a decode
 TILE_NOTE_BYTES = 48  # what a thread block writes down instead of keeping it in registers, behind the tiles
@@ -33,7 +34,7 @@ class Plan:
     smem_bytes: int
     q_in_registers: bool = False
     loading_warps: int = 4  # registers change hands between groups of four
-    copying_warps: int = 1  # at most, of the loading ones; the others only give their registers
+    copying_warps: int = 1  # of the loading ones, see warps_that_copy; the others only give their registers
     loading_registers: int = 0
     matrix_registers: int = 0
     stages: int = 1
@@ -108,7 +109,6 @@ REGISTERS = {
     ("tma", 8, 32): (24, 240),
     ("tma", 8, 64): (24, 240),
 }
-COPYING_WARPS = {"cp_async": 1, "pages": 4, "fp8": 4, "tma": 1}
 
 
 def loading_way(kernel: str, problem: AttentionProblem) -> str:
@@ -173,7 +173,7 @@ def plan_for(kernel: str, problem: AttentionProblem, arch: str = "sm_120a") -> P
         kernel, row.tile_m, row.tile_n, row.num_warps, row.blocks_per_sm, smem_bytes(problem, row), row.q_in_registers
     )
     way = loading_way(kernel, problem)
-    plan = replace(plan, copying_warps=COPYING_WARPS[way])
+    plan = replace(plan, copying_warps=FP8_COPYING_WARPS if way == "fp8" else 1)
     if compute_capability(arch) < 9:  # registers can't change hands, so one block has all of them
         return replace(plan, blocks_per_sm=1)
     loading, matrix = REGISTERS[way, row.num_warps, row.tile_n]

@@ -50,7 +50,7 @@ class CpAsyncLoader(QueryLoader):
         seq_k: Sequence,
         lengths,
     ):
-        super().__init__(config, mQ, shared, tile, seq_q, warps_that_copy(config, RowSource, config.plan.copying_warps))
+        super().__init__(config, mQ, shared, tile, seq_q, warps_that_copy(config, RowSource))
         self.arrivals = self.q_arrivals
         head_kv = tile.head // (mQ.shape[-2] // mK.shape[-2])
         self.keys = KeysAndValues(config, mK, mV, tile.batch, seq_k, head_kv, lengths, self.thread, self.warps)

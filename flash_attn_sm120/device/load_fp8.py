@@ -64,7 +64,7 @@ class Fp8Loader(QueryLoader):
         seq_k: Sequence,
         lengths,
     ):
-        super().__init__(config, mQ, shared, tile, seq_q, warps_that_copy(config, Fp8Rows, config.plan.copying_warps))
+        super().__init__(config, mQ, shared, tile, seq_q, warps_that_copy(config, Fp8Rows))
         self.arrivals = self.warps
         self.kind = KINDS[config.problem.kv_dtype]
         head_kv = tile.head // (mQ.shape[-2] // mK.shape[-2])

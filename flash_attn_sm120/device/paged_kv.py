@@ -17,6 +17,7 @@ from flash_attn_sm120.device.seqlen import Sequence, clamp, divide, head_address
 from flash_attn_sm120.device.tile import VECTOR, TileLayout
 
 LINE_BYTES = 128
+PAGE_UNIT = 8  # rows of a page come in multiples of it
 LANES = 32
 
 
@@ -80,9 +81,12 @@ def row_width(config, source: type) -> int:
     return min(config.layout_k.units, config.layout_v.units) // source.units_a_load
 
 
-def warps_that_copy(config, source: type, most: int) -> int:
-    """Of `most`, those that have a row or more of a tile of K or V."""
-    return min(most, config.plan.tile_n * row_width(config, source) // LANES)
+def warps_that_copy(config, source: type) -> int:
+    """As many as the plan says, but none without a row of a tile of K or V; with pages so many that no thread has more
+    than 8 rows, which one page has all."""
+    shares = config.plan.tile_n * row_width(config, source)
+    least = shares // (LANES * PAGE_UNIT) if config.problem.paged else 1
+    return max(least, min(config.plan.copying_warps, shares // LANES))
 
 
 class RowSource:
@@ -147,10 +151,10 @@ class KeysAndValues:
         self.bounds = None
         places = ((mK, config.layout_k, problem.head_dim), (mV, config.layout_v, problem.head_dim_v))
         self.k, self.v = (source(tensor, layout, seq, head, problem.packed_k, cols) for tensor, layout, cols in places)
-        # so that all rows of a thread are in one page, as pages have whole eights
+        # so that all rows of a thread are in one page
         neighbours = problem.page_size % self.tile_n != 0
         self.sharing = Sharing(thread, LANES * warps, row_width(config, source), self.tile_n, neighbours)
-        assert not neighbours or 8 % self.sharing.count == 0
+        assert not neighbours or PAGE_UNIT % self.sharing.count == 0
         if problem.page_size:
             table = lengths.page_table
             self.num_pages = mK.shape[0]
