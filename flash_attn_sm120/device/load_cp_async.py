@@ -36,7 +36,7 @@ class QueryLoader:
 class CpAsyncLoader(QueryLoader):
     """Q, and the tiles of its KV head, from tensors in any layout or from the pages of a pool."""
 
-    starts_early = True  # load_k and load_v may run before the block's warps have met
+    starts_early = True  # begin may run before the block's warps have met, and load_k and load_v start one block on
 
     def __init__(
         self,
@@ -56,15 +56,23 @@ class CpAsyncLoader(QueryLoader):
         self.keys = KeysAndValues(config, mK, mV, tile.batch, seq_k, head_kv, lengths, self.thread, self.warps)
         self.keys.bounds = (None, seq_k.length)
 
-    def begin(self, blocks: BlockRange) -> None:
-        """Before the first load, of the last block."""
+    def begin(self, blocks: BlockRange, k_barrier: cute.Pointer, v_barrier: cute.Pointer) -> None:
+        """Loads the last block, which alone may end in the middle."""
         page = self.keys.page_number(blocks.end - 1)
         self.keys.hold(page, page)
+        self._load_k(blocks.end - 1, k_barrier, whole=False)
+        self._load_v(blocks.end - 1, v_barrier, whole=False)
 
     def load_k(self, n: Int32, barrier: cute.Pointer) -> None:
-        self.keys.load_k(self.shared + self.config.offset_k, n, self.keys.turn(n - 1))
-        cute.arch.cp_async_mbarrier_arrive_noinc(barrier)
+        self._load_k(n, barrier, whole=True)
 
     def load_v(self, n: Int32, barrier: cute.Pointer) -> None:
-        self.keys.load_v(self.shared + self.config.offset_v, n, self.keys.held())
+        self._load_v(n, barrier, whole=True)
+
+    def _load_k(self, n: Int32, barrier: cute.Pointer, whole: bool) -> None:
+        self.keys.load_k(self.shared + self.config.offset_k, n, self.keys.turn(n - 1), whole)
+        cute.arch.cp_async_mbarrier_arrive_noinc(barrier)
+
+    def _load_v(self, n: Int32, barrier: cute.Pointer, whole: bool) -> None:
+        self.keys.load_v(self.shared + self.config.offset_v, n, self.keys.held(), whole)
         cute.arch.cp_async_mbarrier_arrive_noinc(barrier)

@@ -3,7 +3,7 @@ and store them as the matrix warps want them."""
 
 from __future__ import annotations
 
-from cutlass import Int32, Int64, cute
+from cutlass import Boolean, Int32, Int64, cute
 
 from flash_attn_sm120.device.block_range import BlockRange
 from flash_attn_sm120.device.fp8 import KINDS
@@ -15,7 +15,7 @@ from flash_attn_sm120.device.seqlen import Sequence
 from flash_attn_sm120.device.tile import VECTOR
 
 WORDS = 4  # of a load: 16 columns
-BATCH = 2  # loads of a thread that are in flight together
+IN_FLIGHT = 2  # loads of a thread at a time
 
 
 class Fp8Rows(RowSource):
@@ -28,12 +28,23 @@ class Fp8Rows(RowSource):
         step = sharing.width * self.units_a_load
         return [(i, unit) for i in range(sharing.count) for unit in range(0, self.layout.cols // VECTOR, step)]
 
-    def fetch(self, own: ThreadRows, place: tuple[int, int], first_row: Int32, start: Int64, end: Int32) -> list[Int32]:
-        """Starts a load; zeros, and nothing read, from row `end` on and where the tensor has no columns."""
+    def fetch(
+        self,
+        own: ThreadRows,
+        place: tuple[int, int],
+        first_row: Int32,
+        start: Int64,
+        end: Int32,
+        needed: Boolean | None,
+    ) -> list[Int32]:
+        """Starts a load; zeros, and nothing read, where it isn't needed, from row `end` on, and where the tensor has no
+        columns."""
         i, first_unit = place
         first_byte = first_unit * VECTOR
         address = self.address + start + Int64(own.unit * 16) + i * (own.step * self.row_stride) + first_byte
-        exists = first_row + own.first + i * own.step < end
+        exists = self.inside(first_row + own.first + i * own.step, None, end)
+        if needed is not None:
+            exists = exists & needed
         if first_byte + own.width * 16 > self.row_bytes:
             exists = exists & (first_byte + own.unit * 16 < self.row_bytes)
         return load_global_v4_if(address, Int32(exists))
@@ -45,6 +56,27 @@ class Fp8Rows(RowSource):
             pairs = [pair for word in words[2 * half : 2 * half + 2] for pair in fp8_to_f16(word, kind)]
             offset = own.offset(self.layout, i, unit + 2 * own.unit + half)
             store_shared_v4(shared + (offset + chunk * self.layout.chunk_bytes), pairs)
+
+
+class PendingTile:
+    """What a thread loads of tile n of K or V; nothing where it isn't needed."""
+
+    def __init__(
+        self,
+        keys: KeysAndValues,
+        source: Fp8Rows,
+        n: Int32,
+        own: ThreadRows,
+        page: Int32 | None,
+        needed: Boolean | None = None,
+    ):
+        self.source, self.own, self.needed = source, own, needed
+        self.places = source.loads(keys.sharing)
+        self.first_row, self.end = n * keys.tile_n, keys.bounds[1]
+        self.start = keys.start(source, own, n, page)
+
+    def fetch(self, i: int) -> list[Int32]:
+        return self.source.fetch(self.own, self.places[i], self.first_row, self.start, self.end, self.needed)
 
 
 class Fp8Loader(QueryLoader):
@@ -70,35 +102,56 @@ class Fp8Loader(QueryLoader):
         head_kv = tile.head // (mQ.shape[-2] // mK.shape[-2])
         place = (tile.batch, seq_k, head_kv, lengths, self.thread, self.warps)
         self.keys = KeysAndValues(config, mK, mV, *place, source=Fp8Rows)
-        self.length = seq_k.length
-        self.words = cute.make_rmem_tensor((BATCH * WORDS,), Int32)  # on their way: the next loads that are stored
+        self.keys.bounds = (None, seq_k.length)
+        # Loads 0, 1, ... of the tile that is stored next, and the page of the last that was started.
+        self.slots, self.page = (cute.make_rmem_tensor((size,), Int32) for size in (IN_FLIGHT * WORDS, 1))
         self.first_block = None
 
-    def begin(self, blocks: BlockRange) -> None:
-        """Before the first load, of the last block."""
+    def begin(self, blocks: BlockRange, k_barrier: cute.Pointer, v_barrier: cute.Pointer) -> None:
+        """Starts the first loads, of the last block."""
         self.first_block = blocks.begin
-        page = self.keys.page_number(blocks.end - 1)
-        self.keys.hold(page, page)
-        self._fetch_k(blocks.end - 1)
+        self._turn(blocks.end - 1)
+        first = self._tile(self.keys.k, blocks.end - 1, self.keys.sharing.own())
+        for slot in range(min(IN_FLIGHT, len(first.places))):
+            self._fetch(first, slot, slot)
 
     def load_k(self, n: Int32, barrier: cute.Pointer) -> None:
-        self._load(self.keys.k, n, self.config.offset_k, barrier, self._fetch_v)
+        own = self.keys.sharing.own()
+        k, v = (self._tile(source, n, own) for source in (self.keys.k, self.keys.v))
+        self._load(k, v, self.config.offset_k, barrier)
+        if len(v.places) <= IN_FLIGHT:
+            self._turn(n - 1)
 
     def load_v(self, n: Int32, barrier: cute.Pointer) -> None:
-        self._load(self.keys.v, n, self.config.offset_v, barrier, self._fetch_next_k)
+        own = self.keys.sharing.own()
+        v = self._tile(self.keys.v, n, own)
+        if len(v.places) > IN_FLIGHT:
+            self._turn(n - 1)
+        k = self._tile(self.keys.k, n - 1, own, n > self.first_block)
+        self._load(v, k, self.config.offset_v, barrier)
 
-    def _load(self, source: Fp8Rows, n: Int32, offset: int, barrier: cute.Pointer, fetch_next) -> None:
-        """Stores a tile whose first loads are on their way. fetch_next(n) starts the first ones of the tile after it,
-        before the last of this one are waited for."""
-        loads, own = source.loads(self.keys.sharing), self.keys.sharing.own()
-        for first in range(0, len(loads), BATCH):
-            words = [self.words[i] for i in range(BATCH * WORDS)]
-            if first + BATCH < len(loads):
-                self._fetch(source, n, first + BATCH)
-            else:
-                fetch_next(n)
-            for i, place in enumerate(loads[first : first + BATCH]):
-                source.store(own, place, self.shared + offset, words[WORDS * i : WORDS * (i + 1)], self.kind)
+    def _turn(self, n: Int32) -> None:
+        """Looks up the page of the thread's rows of tile n."""
+        if self.keys.page_size:
+            self.page[0] = self.keys.page_number(n)
+
+    def _tile(self, source: Fp8Rows, n: Int32, own: ThreadRows, needed: Boolean | None = None) -> PendingTile:
+        page = self.page[0] if self.keys.page_size else None
+        return PendingTile(self.keys, source, n, own, page, needed)
+
+    def _load(self, tile: PendingTile, after: PendingTile, offset: int, barrier: cute.Pointer) -> None:
+        """Stores `tile`, whose first loads are on their way. A slot that is stored takes a later load of the tile, or a
+        first one of the tile after."""
+        count = len(tile.places)
+        for i in range(max(count, IN_FLIGHT)):
+            slot = i % IN_FLIGHT
+            if i < count:
+                words = [self.slots[slot * WORDS + j] for j in range(WORDS)]
+                tile.source.store(tile.own, tile.places[i], self.shared + offset, words, self.kind)
+            if i + IN_FLIGHT < count:
+                self._fetch(tile, i + IN_FLIGHT, slot)
+            elif slot < len(after.places):
+                self._fetch(after, slot, slot)
         cute.arch.sync_warp()
         self._arrive(barrier)
 
@@ -107,22 +160,6 @@ class Fp8Loader(QueryLoader):
         if lane_anew() == 0:
             cute.arch.mbarrier_arrive(barrier)
 
-    def _fetch(self, source: Fp8Rows, n: Int32, first: int) -> None:
-        own = self.keys.sharing.own()
-        start = self.keys.start(source, own, n, self.keys.held())
-        for i, place in enumerate(source.loads(self.keys.sharing)[first : first + BATCH]):
-            words = source.fetch(own, place, n * self.keys.tile_n, start, self.length)
-            for j, word in enumerate(words):
-                self.words[WORDS * i + j] = word
-
-    def _fetch_k(self, n: Int32) -> None:
-        self.keys.turn(n - 1)
-        self._fetch(self.keys.k, n, 0)
-
-    def _fetch_v(self, n: Int32) -> None:
-        self._fetch(self.keys.v, n, 0)
-
-    @cute.jit
-    def _fetch_next_k(self, n: Int32):
-        if n > self.first_block:
-            self._fetch_k(n - 1)
+    def _fetch(self, tile: PendingTile, i: int, slot: int) -> None:
+        for j, word in enumerate(tile.fetch(i)):
+            self.slots[slot * WORDS + j] = word

@@ -68,8 +68,9 @@ class TmaLoader:
     q_arrivals = arrivals = warps = 1
     starts_early = True
 
-    def begin(self, blocks: BlockRange) -> None:
-        pass
+    def begin(self, blocks: BlockRange, k_barrier: cute.Pointer, v_barrier: cute.Pointer) -> None:
+        self.load_k(blocks.end - 1, k_barrier)
+        self.load_v(blocks.end - 1, v_barrier)
 
     def load_q(self, barrier: cute.Pointer) -> None:
         self.q.load(self.shared, self.tile.head, self.tile.batch, self.tile.m_block, barrier)

@@ -125,9 +125,7 @@ class ForwardTile:
             self.loader.load_q(self.bars["q_full"])
             if cutlass.const_expr(self.loader.starts_early):
                 if blocks.begin < blocks.end:
-                    self.loader.begin(blocks)
-                    self.loader.load_k(blocks.end - 1, self.bars["k_full"])
-                    self.loader.load_v(blocks.end - 1, self.bars["v_full"])
+                    self.loader.begin(blocks, self.bars["k_full"], self.bars["v_full"])
         if self.thread == 0:
             self.write_note(blocks)
         cute.arch.sync_threads()
@@ -153,14 +151,15 @@ class ForwardTile:
         bars = self.bars
         if cutlass.const_expr(not self.loader.starts_early):
             if blocks.begin < blocks.end:
-                self.loader.begin(blocks)
-        for i in cutlass.range(1 if self.loader.starts_early else 0, blocks.end - blocks.begin, unroll=1):
-            n = blocks.end - 1 - i
-            free = (i & 1) ^ 1
+                self.loader.begin(blocks, bars["k_full"], bars["v_full"])
+        n = blocks.end - (2 if self.loader.starts_early else 1)
+        while n >= blocks.begin:
+            free = (blocks.end - n) & 1
             cute.arch.mbarrier_wait(bars["k_free"], free)
             self.loader.load_k(n, bars["k_full"])
             cute.arch.mbarrier_wait(bars["v_free"], free)
             self.loader.load_v(n, bars["v_full"])
+            n = n - 1
 
     @cute.jit
     def multiply(self):

@@ -102,19 +102,25 @@ class RowSource:
         self.row_stride = Int64(row_stride)
         self.page_stride = Int64(0) if packed else Int64(tensor.stride[0]) * (tensor.element_type.width // 8)
 
+    @staticmethod
+    def inside(row: Int32, begin: Int32 | None, end: Int32 | None) -> cutlass.Boolean:
+        inside = cutlass.Boolean(True)
+        if end is not None:
+            inside = row < end
+        if begin is not None:
+            inside = inside & (row >= begin)
+        return inside
+
     def load(
-        self, own: ThreadRows, shared: Int32, first_row: Int32, start: Int64, begin: Int32 | None, end: Int32
+        self, own: ThreadRows, shared: Int32, first_row: Int32, start: Int64, begin: Int32 | None, end: Int32 | None
     ) -> None:
         """Starts the copy of a tile. start: where the thread's first row begins, bytes from `address`; rows before
-        `begin` or from `end` on become zeros and aren't read."""
+        `begin` or from `end` on become zeros and aren't read. None where there are no such rows in the tile."""
         layout = self.layout
         start = self.address + start + Int64(own.unit * 16)
         for i in range(own.count):
             address = start + i * (own.step * self.row_stride)
-            row = first_row + own.first + i * own.step
-            inside = row < end
-            if begin is not None:
-                inside = inside & (row >= begin)
+            inside = self.inside(first_row + own.first + i * own.step, begin, end)
             for first_unit in range(0, layout.cols // VECTOR, own.width):
                 chunk, unit = divmod(first_unit, layout.units)
                 exists, first_byte = inside, first_unit * 16
@@ -130,6 +136,7 @@ class KeysAndValues:
     """K and V of one (batch, head_kv), tile by tile.
 
     bounds: keys that are needed, begin <= key < end, begin None for 0; to be set before a load; none other is read.
+    Where the caller knows that they are all of a tile, `whole` saves comparing.
     """
 
     def __init__(
@@ -195,12 +202,13 @@ class KeysAndValues:
         page = clamp(page, Int32(0), self.num_pages - 1)
         return Int64(page) * source.page_stride + Int64(row) * source.row_stride
 
-    def load_k(self, shared: Int32, tile: Int32, page: Int32 | None) -> None:
-        self._load(self.k, shared, tile, page)
+    def load_k(self, shared: Int32, tile: Int32, page: Int32 | None, whole: bool = False) -> None:
+        self._load(self.k, shared, tile, page, whole)
 
-    def load_v(self, shared: Int32, tile: Int32, page: Int32 | None) -> None:
-        self._load(self.v, shared, tile, page)
+    def load_v(self, shared: Int32, tile: Int32, page: Int32 | None, whole: bool = False) -> None:
+        self._load(self.v, shared, tile, page, whole)
 
-    def _load(self, source: RowSource, shared: Int32, tile: Int32, page: Int32 | None) -> None:
+    def _load(self, source: RowSource, shared: Int32, tile: Int32, page: Int32 | None, whole: bool) -> None:
         own = self.sharing.own()
-        source.load(own, shared, tile * self.tile_n, self.start(source, own, tile, page), *self.bounds)
+        bounds = (None, None) if whole else self.bounds
+        source.load(own, shared, tile * self.tile_n, self.start(source, own, tile, page), *bounds)
