@@ -11,9 +11,13 @@ from flash_attn_sm120.decode_plan import decode_memory, decode_row
 from flash_attn_sm120.problem import ELEMENT_BYTES, MASKS, AttentionProblem, CombineProblem, padded
 
 FP8_COPYING_WARPS = 4  # which convert; cp.async is issued faster by one. Evidence: benchmarks/NOTES.md, "One main loop"
-BARRIER_BYTES = 64  # mbarriers, behind the note
 MAX_SPLITS = 64  # parts of a sequence in a decode
 TILE_NOTE_BYTES = 48  # what a thread block writes down instead of keeping it in registers, behind the tiles
+
+
+def barrier_bytes(stages: int) -> int:
+    """Of the mbarriers behind the note: one of Q's, four of each stage."""
+    return 16 + 32 * stages
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,8 +26,8 @@ class Plan:
 
     num_warps: those that multiply; loading_warps: those that only load. loading_registers, matrix_registers: what a
     thread of each has once they have changed hands, 0 where the chip can't. blocks_per_sm: thread blocks that an SM of
-    SM120 is to hold at a time, within the limits of occupancy.py. stages: granules of keys that a
-    decode's warp has in flight. smem_bytes: dynamic shared memory of a block.
+    SM120 is to hold at a time, within the limits of occupancy.py. stages: tiles of K and of V that a block
+    has room for, or granules of keys that a decode's warp has in flight. smem_bytes: dynamic shared memory of a block.
     """
 
     kernel: str
@@ -46,12 +50,12 @@ class Plan:
     @property
     def note_offset(self) -> int:
         """Where in shared memory the tile's note lies."""
-        return self.smem_bytes - TILE_NOTE_BYTES - BARRIER_BYTES
+        return self.barrier_offset - TILE_NOTE_BYTES
 
     @property
     def barrier_offset(self) -> int:
         """Where the mbarriers lie."""
-        return self.smem_bytes - BARRIER_BYTES
+        return self.smem_bytes - barrier_bytes(self.stages)
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,6 +68,7 @@ class TileRow:
     tile_n: int
     num_warps: int
     blocks_per_sm: int
+    stages: int = 1
     q_in_registers: bool = False
     masks: tuple[str, ...] = MASKS
     softcap: bool = True
@@ -119,10 +124,10 @@ def loading_way(kernel: str, problem: AttentionProblem) -> str:
 
 
 def smem_bytes(problem: AttentionProblem, row: TileRow) -> int:
-    """Q, a tile of K and of V, a note and the barriers; out takes the tiles' place at the end."""
+    """Q, the stages of K and V, a note and the barriers; out takes the tiles' place at the end."""
     d, dv = padded(problem.head_dim), padded(problem.head_dim_v)
-    inputs = row.tile_m * d + row.tile_n * (d + dv)
-    return ELEMENT_BYTES * max(inputs, row.tile_m * dv) + TILE_NOTE_BYTES + BARRIER_BYTES
+    inputs = row.tile_m * d + row.stages * row.tile_n * (d + dv)
+    return ELEMENT_BYTES * max(inputs, row.tile_m * dv) + TILE_NOTE_BYTES + barrier_bytes(row.stages)
 
 
 # Attributes of a problem that a kernel has no code for.
@@ -169,9 +174,8 @@ def plan_for(kernel: str, problem: AttentionProblem, arch: str = "sm_120a") -> P
         tile = (row.tile_m, row.tile_n, row.num_warps, row.blocks_per_sm)
         return Plan(kernel, *tile, size, loading_warps=0, stages=row.stages)
     row = next(row for row in TILES[kernel] if row.serves(problem))
-    plan = Plan(
-        kernel, row.tile_m, row.tile_n, row.num_warps, row.blocks_per_sm, smem_bytes(problem, row), row.q_in_registers
-    )
+    tile = (row.tile_m, row.tile_n, row.num_warps, row.blocks_per_sm)
+    plan = Plan(kernel, *tile, smem_bytes(problem, row), row.q_in_registers, stages=row.stages)
     way = loading_way(kernel, problem)
     plan = replace(plan, copying_warps=FP8_COPYING_WARPS if way == "fp8" else 1)
     if compute_capability(arch) < 9:  # registers can't change hands, so one block has all of them

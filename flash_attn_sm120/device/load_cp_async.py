@@ -9,6 +9,7 @@ from flash_attn_sm120.device.paged_kv import LANES, KeysAndValues, RowSource, Sh
 from flash_attn_sm120.device.ptx import lane_anew, thread_anew
 from flash_attn_sm120.device.scheduler import Tile
 from flash_attn_sm120.device.seqlen import Sequence
+from flash_attn_sm120.device.stage import Stage
 
 
 class QueryLoader:
@@ -56,23 +57,22 @@ class CpAsyncLoader(QueryLoader):
         self.keys = KeysAndValues(config, mK, mV, tile.batch, seq_k, head_kv, lengths, self.thread, self.warps)
         self.keys.bounds = (None, seq_k.length)
 
-    def begin(self, blocks: BlockRange, k_barrier: cute.Pointer, v_barrier: cute.Pointer) -> None:
+    def begin(self, blocks: BlockRange, stage: Stage) -> None:
         """Loads the last block, which alone may end in the middle."""
         page = self.keys.page_number(blocks.end - 1)
         self.keys.hold(page, page)
-        self._load_k(blocks.end - 1, k_barrier, whole=False)
-        self._load_v(blocks.end - 1, v_barrier, whole=False)
+        n = blocks.end - 1
+        self.keys.load_k(stage.shared + self.config.offset_k, n, self.keys.turn(n - 1))
+        cute.arch.cp_async_mbarrier_arrive_noinc(stage.bars["k_full"])
+        self.keys.load_v(stage.shared + self.config.offset_v, n, self.keys.held())
+        cute.arch.cp_async_mbarrier_arrive_noinc(stage.bars["v_full"])
 
-    def load_k(self, n: Int32, barrier: cute.Pointer) -> None:
-        self._load_k(n, barrier, whole=True)
+    def load_k(self, n: Int32, stage: Stage) -> None:
+        page = self.keys.turn(n - 1)
+        self.keys.load_whole(self.keys.k, stage.shared + self.config.offset_k, n, page, stage.wait_for_k_room)
+        cute.arch.cp_async_mbarrier_arrive_noinc(stage.bars["k_full"])
 
-    def load_v(self, n: Int32, barrier: cute.Pointer) -> None:
-        self._load_v(n, barrier, whole=True)
-
-    def _load_k(self, n: Int32, barrier: cute.Pointer, whole: bool) -> None:
-        self.keys.load_k(self.shared + self.config.offset_k, n, self.keys.turn(n - 1), whole)
-        cute.arch.cp_async_mbarrier_arrive_noinc(barrier)
-
-    def _load_v(self, n: Int32, barrier: cute.Pointer, whole: bool) -> None:
-        self.keys.load_v(self.shared + self.config.offset_v, n, self.keys.held(), whole)
-        cute.arch.cp_async_mbarrier_arrive_noinc(barrier)
+    def load_v(self, n: Int32, stage: Stage) -> None:
+        page = self.keys.held()
+        self.keys.load_whole(self.keys.v, stage.shared + self.config.offset_v, n, page, stage.wait_for_v_room)
+        cute.arch.cp_async_mbarrier_arrive_noinc(stage.bars["v_full"])

@@ -12,6 +12,7 @@ from flash_attn_sm120.device.paged_kv import KeysAndValues, RowSource, Sharing, 
 from flash_attn_sm120.device.ptx import fp8_to_f16, lane_anew, load_global_v4_if, store_shared_v4
 from flash_attn_sm120.device.scheduler import Tile
 from flash_attn_sm120.device.seqlen import Sequence
+from flash_attn_sm120.device.stage import Stage
 from flash_attn_sm120.device.tile import VECTOR
 
 WORDS = 4  # of a load: 16 columns
@@ -107,7 +108,7 @@ class Fp8Loader(QueryLoader):
         self.slots, self.page = (cute.make_rmem_tensor((size,), Int32) for size in (IN_FLIGHT * WORDS, 1))
         self.first_block = None
 
-    def begin(self, blocks: BlockRange, k_barrier: cute.Pointer, v_barrier: cute.Pointer) -> None:
+    def begin(self, blocks: BlockRange, stage: Stage) -> None:
         """Starts the first loads, of the last block."""
         self.first_block = blocks.begin
         self._turn(blocks.end - 1)
@@ -115,20 +116,22 @@ class Fp8Loader(QueryLoader):
         for slot in range(min(IN_FLIGHT, len(first.places))):
             self._fetch(first, slot, slot)
 
-    def load_k(self, n: Int32, barrier: cute.Pointer) -> None:
+    def load_k(self, n: Int32, stage: Stage) -> None:
         own = self.keys.sharing.own()
         k, v = (self._tile(source, n, own) for source in (self.keys.k, self.keys.v))
-        self._load(k, v, self.config.offset_k, barrier)
+        stage.wait_for_k_room()
+        self._load(k, v, stage.shared + self.config.offset_k, stage.bars["k_full"])
         if len(v.places) <= IN_FLIGHT:
             self._turn(n - 1)
 
-    def load_v(self, n: Int32, barrier: cute.Pointer) -> None:
+    def load_v(self, n: Int32, stage: Stage) -> None:
         own = self.keys.sharing.own()
         v = self._tile(self.keys.v, n, own)
         if len(v.places) > IN_FLIGHT:
             self._turn(n - 1)
         k = self._tile(self.keys.k, n - 1, own, n > self.first_block)
-        self._load(v, k, self.config.offset_v, barrier)
+        stage.wait_for_v_room()
+        self._load(v, k, stage.shared + self.config.offset_v, stage.bars["v_full"])
 
     def _turn(self, n: Int32) -> None:
         """Looks up the page of the thread's rows of tile n."""
@@ -139,7 +142,7 @@ class Fp8Loader(QueryLoader):
         page = self.page[0] if self.keys.page_size else None
         return PendingTile(self.keys, source, n, own, page, needed)
 
-    def _load(self, tile: PendingTile, after: PendingTile, offset: int, barrier: cute.Pointer) -> None:
+    def _load(self, tile: PendingTile, after: PendingTile, shared: Int32, barrier: cute.Pointer) -> None:
         """Stores `tile`, whose first loads are on their way. A slot that is stored takes a later load of the tile, or a
         first one of the tile after."""
         count = len(tile.places)
@@ -147,7 +150,7 @@ class Fp8Loader(QueryLoader):
             slot = i % IN_FLIGHT
             if i < count:
                 words = [self.slots[slot * WORDS + j] for j in range(WORDS)]
-                tile.source.store(tile.own, tile.places[i], self.shared + offset, words, self.kind)
+                tile.source.store(tile.own, tile.places[i], shared, words, self.kind)
             if i + IN_FLIGHT < count:
                 self._fetch(tile, i + IN_FLIGHT, slot)
             elif slot < len(after.places):

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import cutlass
 from cutlass import Int32, cute
 from cutlass.cute.nvgpu import cpasync
 
 from flash_attn_sm120.device.block_range import BlockRange
 from flash_attn_sm120.device.scheduler import Tile
+from flash_attn_sm120.device.stage import Stage
 from flash_attn_sm120.device.tile import TileLayout
 
 SWIZZLE_BITS = {64: 3, 32: 2, 16: 1}  # by columns of a chunk; 16-byte units as in TileLayout.unit_offset
@@ -23,6 +25,11 @@ def chunk_layout(layout: TileLayout) -> cute.ComposedLayout:
 def rows_first(tensor: cute.Tensor) -> cute.Tensor:
     """(batch, seqlen, heads, d) -> (seqlen, d, heads, batch)."""
     return cute.make_tensor(tensor.iterator, cute.select(tensor.layout, [1, 3, 2, 0]))
+
+
+def aligned(shared: Int32) -> cute.Pointer:
+    """To a place in shared memory that a swizzle may start at."""
+    return cute.make_ptr(cutlass.Uint8, shared, cute.AddressSpace.smem, assumed_align=1024)
 
 
 @dataclass(frozen=True)
@@ -68,15 +75,20 @@ class TmaLoader:
     q_arrivals = arrivals = warps = 1
     starts_early = True
 
-    def begin(self, blocks: BlockRange, k_barrier: cute.Pointer, v_barrier: cute.Pointer) -> None:
-        self.load_k(blocks.end - 1, k_barrier)
-        self.load_v(blocks.end - 1, v_barrier)
+    def begin(self, blocks: BlockRange, stage: Stage) -> None:
+        self._load(self.k, blocks.end - 1, stage, "k_full")
+        self._load(self.v, blocks.end - 1, stage, "v_full")
 
     def load_q(self, barrier: cute.Pointer) -> None:
         self.q.load(self.shared, self.tile.head, self.tile.batch, self.tile.m_block, barrier)
 
-    def load_k(self, n: Int32, barrier: cute.Pointer) -> None:
-        self.k.load(self.shared, self.head_kv, self.tile.batch, n, barrier)
+    def load_k(self, n: Int32, stage: Stage) -> None:
+        stage.wait_for_k_room()
+        self._load(self.k, n, stage, "k_full")
 
-    def load_v(self, n: Int32, barrier: cute.Pointer) -> None:
-        self.v.load(self.shared, self.head_kv, self.tile.batch, n, barrier)
+    def load_v(self, n: Int32, stage: Stage) -> None:
+        stage.wait_for_v_room()
+        self._load(self.v, n, stage, "v_full")
+
+    def _load(self, source: TmaSource, n: Int32, stage: Stage, barrier: str) -> None:
+        source.load(aligned(stage.shared), self.head_kv, self.tile.batch, n, stage.bars[barrier])

@@ -32,10 +32,11 @@ from flash_attn_sm120.device.scheduler import (
 )
 from flash_attn_sm120.device.seqlen import Sequence, head_address
 from flash_attn_sm120.device.softmax import OnlineSoftmax, apply_softcap
+from flash_attn_sm120.device.stage import Stage, stage_of
 from flash_attn_sm120.device.visible import is_band, visible_columns
 
-BARRIERS = ("q_full", "k_full", "k_free", "v_full", "v_free")
 Q_COLUMNS_KEPT = 240  # in registers, where Q is; head_dim 256 leaves none for the rest
+ROOMY = 180  # registers of a thread for O, S and Q that leave room for more
 MATRIX_BARRIER, COPYING_BARRIER = 1, 2  # named barriers of the matrix warps and of those that copy
 
 
@@ -68,8 +69,7 @@ class ForwardTile:
 
         pointer = cute.arch.get_dyn_smem(cutlass.Uint8, alignment=1024)
         self.shared = pointer.toint()
-        first_barrier = cute.recast_ptr(pointer + plan.barrier_offset, dtype=cutlass.Int64)
-        self.bars = {name: first_barrier + i for i, name in enumerate(BARRIERS)}
+        self.q_full = cute.recast_ptr(pointer + plan.barrier_offset, dtype=cutlass.Int64)
         self.warp_row = self.warp * config.warp_rows
         self.q_rows = self.shared + self.warp_row * config.layout_q.row_bytes
         self.note = self.shared + plan.note_offset
@@ -85,6 +85,10 @@ class ForwardTile:
         """What softmax multiplies scores by: 1 where they have got their scale before."""
         scaled = self.config.problem.softcap or self.config.problem.alibi
         return [Float32(1.0)] * len(self.scales) if scaled else self.scales
+
+    def stage(self, i: int | Int32) -> Stage:
+        """Of the i-th block."""
+        return stage_of(i, self.config.plan.stages, self.config.stage_bytes, self.shared, self.q_full + 1)
 
     def write_note(self, blocks: BlockRange) -> None:
         write_tile_note(self.note, self.first_row, self.tile, self.seq_q, self.seqlen_k, self.total_k, blocks)
@@ -115,17 +119,20 @@ class ForwardTile:
         """A loading warp makes the barriers, and those that copy start with it while the others get ready."""
         if self.warp == self.config.plan.num_warps:
             if self.lane == 0:
-                for name, count in self.arrivals().items():
-                    cute.arch.mbarrier_init(self.bars[name], count)
+                cute.arch.mbarrier_init(self.q_full, self.loader.q_arrivals)
+                for stage in map(self.stage, range(self.config.plan.stages)):
+                    for name, barrier in stage.bars.items():
+                        full = name.endswith("full")
+                        cute.arch.mbarrier_init(barrier, self.loader.arrivals if full else self.config.plan.num_warps)
             cute.arch.mbarrier_init_fence()
             cute.arch.sync_warp()
         if self.copies():
             if cutlass.const_expr(self.loader.warps > 1):
                 cute.arch.barrier(barrier_id=COPYING_BARRIER, number_of_threads=32 * self.loader.warps)
-            self.loader.load_q(self.bars["q_full"])
+            self.loader.load_q(self.q_full)
             if cutlass.const_expr(self.loader.starts_early):
                 if blocks.begin < blocks.end:
-                    self.loader.begin(blocks, self.bars["k_full"], self.bars["v_full"])
+                    self.loader.begin(blocks, self.stage(0))
         if self.thread == 0:
             self.write_note(blocks)
         cute.arch.sync_threads()
@@ -137,54 +144,49 @@ class ForwardTile:
             return self.warp == first
         return (self.warp >= first) & (self.warp < first + self.loader.warps)
 
-    def arrivals(self) -> dict[str, int]:
-        """That each barrier waits for."""
-        of = {"q": self.loader.q_arrivals, "k": self.loader.arrivals, "v": self.loader.arrivals}
-        return {
-            name: self.config.plan.num_warps if name.endswith("free") else of[name.removesuffix("_full")]
-            for name in BARRIERS
-        }
-
     @cute.jit
     def feed(self, blocks: BlockRange):
-        """A loading warp: each tile of K and V as soon as the place of the one before is free."""
-        bars = self.bars
+        """A loading warp: each tile of K and V as soon as there is room for it."""
         if cutlass.const_expr(not self.loader.starts_early):
             if blocks.begin < blocks.end:
-                self.loader.begin(blocks, bars["k_full"], bars["v_full"])
-        n = blocks.end - (2 if self.loader.starts_early else 1)
-        while n >= blocks.begin:
-            free = (blocks.end - n) & 1
-            cute.arch.mbarrier_wait(bars["k_free"], free)
-            self.loader.load_k(n, bars["k_full"])
-            cute.arch.mbarrier_wait(bars["v_free"], free)
-            self.loader.load_v(n, bars["v_full"])
-            n = n - 1
+                self.loader.begin(blocks, self.stage(0))
+        for i in cutlass.range(1 if self.loader.starts_early else 0, blocks.end - blocks.begin, unroll=1):
+            n, stage = blocks.end - 1 - i, self.stage(i)
+            self.loader.load_k(n, stage)
+            self.loader.load_v(n, stage)
 
     @cute.jit
     def multiply(self):
         """A matrix warp: the main loop on what the loading warp brings. The range of blocks is read from memory each
         time, as no register is to hold it through the products."""
-        cute.arch.mbarrier_wait(self.bars["q_full"], 0)
+        cute.arch.mbarrier_wait(self.q_full, 0)
         if cutlass.const_expr(self.config.q_to_f16):
             self.convert_q()
         self.softmax.start(self.softmax_scales())
         self.slope = self.load_slope() if self.config.problem.alibi else None
         self.tSrQ = self.keep_q() if self.config.plan.q_in_registers else {}
-        i = Int32(0)
-        while i < read_block_count(self.note):
-            blocks = read_blocks(self.note)
+        i, count = Int32(0), read_block_count(self.note)
+        while i < self.count_anew(count):
+            blocks, stage = read_blocks(self.note), self.stage(i)
+            stage.wait_for_k()
             n = blocks.end - 1 - i
             if (n >= blocks.right_edge) | (n < blocks.left_edge):
                 if self.sees(n):
-                    self.block(n, i & 1, True)
+                    self.block(n, i, True)
                 else:
-                    self.skip(i & 1)
+                    self.skip(i)
             else:
-                self.block(n, i & 1, False)
+                self.block(n, i, False)
             i = i + 1
         if cutlass.const_expr(self.config.layout_o != self.config.layout_q):  # else O takes the place of the warp's Q
             cute.arch.barrier(barrier_id=MATRIX_BARRIER, number_of_threads=32 * self.config.plan.num_warps)
+
+    def count_anew(self, count: Int32) -> Int32:
+        """Of blocks, from memory where the tile and Q leave it no register."""
+        config = self.config
+        q_columns = min(config.layout_q.cols, Q_COLUMNS_KEPT) // 2 if config.plan.q_in_registers else 0
+        columns = config.layout_v.cols + config.plan.tile_n + q_columns
+        return count if columns * config.warp_rows // 32 <= ROOMY else read_block_count(self.note)
 
     def sees(self, n: Int32) -> cutlass.Boolean:
         """Whether any row of the warp sees any column of the block; a branch here costs nothing, unlike one inside."""
@@ -199,18 +201,20 @@ class ForwardTile:
             visible = visible & ((n + 1) * self.config.plan.tile_n > diagonal - self.window_left)
         return visible
 
-    def arrive(self, name: str, results: cute.Tensor | None) -> None:
+    def arrive(self, barrier: cute.Pointer, results: cute.Tensor | None) -> None:
         """The warp is done with a tile, and one lane says so. results: the accumulators that its reads went into; of
         each pair of blocks one, as a read serves two."""
         cute.arch.sync_warp()
         read = [] if results is None else [results[0, n, 0] for n in range(0, results.shape[1], 2)]
         elected = self.config.plan.hands_over_registers
-        mbarrier_arrive_after(self.bars[name].toint(), read, None if elected else Int32(self.lane == 0))
+        mbarrier_arrive_after(barrier.toint(), read, None if elected else Int32(self.lane == 0))
 
-    def skip(self, phase: Int32) -> None:
-        for name in ("k", "v"):
-            cute.arch.mbarrier_wait(self.bars[name + "_full"], phase)
-            self.arrive(name + "_free", None)
+    def skip(self, i: Int32) -> None:
+        """In place of block."""
+        stage = self.stage(i)
+        self.arrive(stage.bars["k_free"], None)
+        stage.wait_for_v()
+        self.arrive(stage.bars["v_free"], None)
 
     def keep_q(self) -> dict[tuple[int, int], list[Int32]]:
         """Q in registers: reading it anew for each block would bind where a warp has 16 rows."""
@@ -219,22 +223,23 @@ class ForwardTile:
         places = itertools.product(range(0, self.config.warp_rows, 16), range(0, kept, 16))
         return {(row, col): sQ.load(row, col) for row, col in places}
 
-    def block(self, n: Int32, phase: Int32, masked: bool) -> None:
-        cute.arch.mbarrier_wait(self.bars["k_full"], phase)
-        self.scores()
-        self.arrive("k_free", self.tSrS)
-        cute.arch.mbarrier_wait(self.bars["v_full"], phase)
-        self.accumulate(n, masked)
-        self.arrive("v_free", self.tOrO)
+    def block(self, n: Int32, i: Int32, masked: bool) -> None:
+        """Once K is there."""
+        stage = self.stage(i)
+        self.scores(stage.shared)
+        self.arrive(stage.bars["k_free"], self.tSrS)
+        stage.wait_for_v()
+        self.accumulate(stage.shared, n, masked)
+        self.arrive(stage.bars["v_free"], self.tOrO)
 
-    def scores(self) -> None:
+    def scores(self, shared: Int32) -> None:
         config = self.config
-        sK = config.layout_k.matrix(self.shared, self.lane, config.offset_k, rows_first=False)
+        sK = config.layout_k.matrix(shared, self.lane, config.offset_k, rows_first=False)
         sQ = config.layout_q.matrix(self.q_rows, self.lane)
         qk_product(self.tSrQ, sQ, sK, self.tSrS, config.mma_dtype)
 
     @cute.jit
-    def accumulate(self, n: Int32, masked: cutlass.Constexpr):
+    def accumulate(self, shared: Int32, n: Int32, masked: cutlass.Constexpr):
         config = self.config
         if cutlass.const_expr(config.problem.softcap):
             apply_softcap(self.tSrS, self.scales, self.cap_scale)
@@ -243,7 +248,7 @@ class ForwardTile:
         if cutlass.const_expr(masked):
             self.mask(n)
         tOrP = self.softmax.update(self.tSrS, self.tOrO, config.mma_dtype)
-        sV = config.layout_v.matrix(self.shared, self.lane, config.offset_v)
+        sV = config.layout_v.matrix(shared, self.lane, config.offset_v)
         pv_product(sV, tOrP, self.tOrO, config.mma_dtype)
 
     def own_positions(self, at: Positions, thread: Int32) -> list[Int32]:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import cutlass
 from cutlass import Int32, Int64, cute
 
-from flash_attn_sm120.device.ptx import cp_async_16, load_global_b32_if, prefetch_l2
+from flash_attn_sm120.device.ptx import computed_here, cp_async_16, load_global_b32_if, prefetch_l2
 from flash_attn_sm120.device.seqlen import Sequence, clamp, divide, head_address
 from flash_attn_sm120.device.tile import VECTOR, TileLayout
 
@@ -136,7 +136,6 @@ class KeysAndValues:
     """K and V of one (batch, head_kv), tile by tile.
 
     bounds: keys that are needed, begin <= key < end, begin None for 0; to be set before a load; none other is read.
-    Where the caller knows that they are all of a tile, `whole` saves comparing.
     """
 
     def __init__(
@@ -202,13 +201,21 @@ class KeysAndValues:
         page = clamp(page, Int32(0), self.num_pages - 1)
         return Int64(page) * source.page_stride + Int64(row) * source.row_stride
 
-    def load_k(self, shared: Int32, tile: Int32, page: Int32 | None, whole: bool = False) -> None:
-        self._load(self.k, shared, tile, page, whole)
+    def load_k(self, shared: Int32, tile: Int32, page: Int32 | None) -> None:
+        self.load(self.k, shared, tile, page)
 
-    def load_v(self, shared: Int32, tile: Int32, page: Int32 | None, whole: bool = False) -> None:
-        self._load(self.v, shared, tile, page, whole)
+    def load_v(self, shared: Int32, tile: Int32, page: Int32 | None) -> None:
+        self.load(self.v, shared, tile, page)
 
-    def _load(self, source: RowSource, shared: Int32, tile: Int32, page: Int32 | None, whole: bool) -> None:
+    def load(self, source: RowSource, shared: Int32, tile: Int32, page: Int32 | None) -> None:
         own = self.sharing.own()
-        bounds = (None, None) if whole else self.bounds
-        source.load(own, shared, tile * self.tile_n, self.start(source, own, tile, page), *bounds)
+        source.load(own, shared, tile * self.tile_n, self.start(source, own, tile, page), *self.bounds)
+
+    def load_whole(
+        self, source: RowSource, shared: Int32, tile: Int32, page: Int32 | None, wait: Callable[[], None]
+    ) -> None:
+        """A tile of which all keys are needed. wait: until there is room for it."""
+        own = self.sharing.own()
+        start = computed_here(self.start(source, own, tile, page))
+        wait()
+        source.load(own, shared, tile * self.tile_n, start, None, None)

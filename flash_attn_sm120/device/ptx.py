@@ -145,6 +145,13 @@ def thread_anew(*, loc=None, ip=None) -> Int32:
     return Int32(_asm(T.i32(), [], "mov.u32 $0, %tid.x;", "=r", volatile=True, loc=loc, ip=ip))
 
 
+@dsl_user_op
+def computed_here(address: Int64, *, loc=None, ip=None) -> Int64:
+    """The same; what it follows from isn't left for after the next wait."""
+    operand = Int64(address).ir_value(loc=loc, ip=ip)
+    return Int64(_asm(T.i64(), [operand], "mov.b64 $0, $1;", "=l,l", volatile=True, loc=loc, ip=ip))
+
+
 def lane_anew() -> Int32:
     """The lane in its warp, likewise."""
     return thread_anew() & 31

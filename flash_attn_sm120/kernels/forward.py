@@ -47,6 +47,7 @@ class FlashAttentionForwardSm80:
         self.layout_o = TileLayout(plan.tile_m, padded(problem.head_dim_v))
         self.offset_k = self.layout_q.bytes
         self.offset_v = self.offset_k + self.layout_k.bytes
+        self.stage_bytes = self.layout_k.bytes + self.layout_v.bytes
 
     @classmethod
     def can_implement(cls, problem: AttentionProblem, arch: str) -> bool:
