@@ -10,7 +10,10 @@ from dataclasses import dataclass, replace
 from flash_attn_sm120.decode_plan import decode_memory, decode_row
 from flash_attn_sm120.problem import ELEMENT_BYTES, MASKS, AttentionProblem, CombineProblem, padded
 
-FP8_COPYING_WARPS = 4  # which convert; cp.async is issued faster by one. Evidence: benchmarks/NOTES.md, "One main loop"
+FP8_COPYING_WARPS = 4  # which convert
+WAYS = ("cp_async", "pages", "fp8", "tma")  # how a prefill kernel's tiles come into shared memory
+# Attributes of a problem that take registers from the main loop.
+MODIFIERS = ("softcap", "sink", "alibi", "chunked", "context_parallel", "k_descale", "v_descale")
 MAX_SPLITS = 64  # parts of a sequence in a decode
 TILE_NOTE_BYTES = 48  # what a thread block writes down instead of keeping it in registers, behind the tiles
 
@@ -60,7 +63,8 @@ class Plan:
 
 @dataclass(frozen=True, slots=True)
 class TileRow:
-    """A row of a tile table: serves head dims up to (head_dim, head_dim_v) with one of `masks`, and softcap or not."""
+    """A row of a tile table: serves head dims up to (head_dim, head_dim_v) with one of `masks` and one of the `ways` of
+    loading, and those of MODIFIERS or not."""
 
     head_dim: int
     head_dim_v: int
@@ -70,29 +74,39 @@ class TileRow:
     blocks_per_sm: int
     stages: int = 1
     q_in_registers: bool = False
+    copying_warps: int = 1
     masks: tuple[str, ...] = MASKS
-    softcap: bool = True
+    ways: tuple[str, ...] = WAYS
+    modifiers: bool = True
 
-    def serves(self, problem: AttentionProblem) -> bool:
+    def serves(self, problem: AttentionProblem, way: str) -> bool:
         fits = problem.head_dim <= self.head_dim and problem.head_dim_v <= self.head_dim_v
-        return fits and problem.mask in self.masks and self.softcap >= problem.softcap
+        modified = any(getattr(problem, name) for name in MODIFIERS)
+        return fits and problem.mask in self.masks and way in self.ways and self.modifiers >= modified
 
 
 # 32 rows a warp where registers and shared memory allow it (half the shared-memory reads), 16 above head_dim 128, where
 # Q in registers saves a third of them. Evidence: benchmarks/NOTES.md, "One main loop".
-FORWARD_TILES = (
+COMMON_TILES = (
     TileRow(64, 64, tile_m=128, tile_n=64, num_warps=4, blocks_per_sm=2),
     TileRow(96, 96, tile_m=128, tile_n=64, num_warps=4, blocks_per_sm=2),
     TileRow(128, 128, tile_m=128, tile_n=32, num_warps=4, blocks_per_sm=2),
     TileRow(192, 192, tile_m=128, tile_n=64, num_warps=8, blocks_per_sm=1, q_in_registers=True),
     TileRow(256, 256, tile_m=128, tile_n=32, num_warps=8, blocks_per_sm=1, q_in_registers=True),
 )
-# The larger tile is the faster one under a causal mask, and doesn't fit its registers under the others or with softcap.
-FORWARD_TMA_TILES = (
-    *FORWARD_TILES[:2],
-    TileRow(128, 128, tile_m=256, tile_n=64, num_warps=8, blocks_per_sm=1, masks=("causal",), softcap=False),
-    *FORWARD_TILES[2:],
+# The largest tile that fits its registers is the fastest: with modifiers or pages 256x64 doesn't, nor where four warps
+# copy and window bounds are held. Converting 8-bit keys costs the same for 128 rows as for 256, and registers.
+LARGEST = TileRow(128, 128, tile_m=256, tile_n=64, num_warps=8, blocks_per_sm=1, modifiers=False)
+FP8_TILES = tuple(
+    TileRow(d, d, tile_m, tile_n, num_warps=8, blocks_per_sm=1, stages=stages, q_in_registers=d > 128, ways=("fp8",))
+    for d, tile_m, tile_n, stages in ((128, 256, 32, 2), (192, 128, 32, 2), (256, 128, 16, 1))
 )
+FORWARD_TILES = (
+    *COMMON_TILES[:2],
+    replace(LARGEST, ways=("cp_async",), copying_warps=4, masks=("full", "causal")),
+    *(row for rows in zip(FP8_TILES, COMMON_TILES[2:], strict=True) for row in rows),
+)
+FORWARD_TMA_TILES = (*COMMON_TILES[:2], LARGEST, *COMMON_TILES[2:])
 TILES = {"forward": FORWARD_TILES, "forward_tma": FORWARD_TMA_TILES}
 # A thread's registers once they have changed hands, loading and matrix, by way of loading, matrix warps and tile_n:
 # together what the equal shares of the launch had.
@@ -107,8 +121,8 @@ REGISTERS = {
     ("pages", 8, 64): (40, 232),
     ("fp8", 4, 32): (40, 216),
     ("fp8", 4, 64): (40, 216),
+    ("fp8", 8, 16): (40, 232),
     ("fp8", 8, 32): (40, 232),
-    ("fp8", 8, 64): (56, 224),
     ("tma", 4, 32): (24, 232),
     ("tma", 4, 64): (24, 232),
     ("tma", 8, 32): (24, 240),
@@ -117,7 +131,7 @@ REGISTERS = {
 
 
 def loading_way(kernel: str, problem: AttentionProblem) -> str:
-    """How a prefill kernel's tiles come into shared memory."""
+    """One of WAYS."""
     if kernel == "forward_tma":
         return "tma"
     return "fp8" if problem.kv_dtype else "pages" if problem.paged else "cp_async"
@@ -173,11 +187,11 @@ def plan_for(kernel: str, problem: AttentionProblem, arch: str = "sm_120a") -> P
         size = decode_memory(problem, row.tile_m, row.tile_n, row.num_warps, row.stages).bytes
         tile = (row.tile_m, row.tile_n, row.num_warps, row.blocks_per_sm)
         return Plan(kernel, *tile, size, loading_warps=0, stages=row.stages)
-    row = next(row for row in TILES[kernel] if row.serves(problem))
+    way = loading_way(kernel, problem)
+    row = next(row for row in TILES[kernel] if row.serves(problem, way))
     tile = (row.tile_m, row.tile_n, row.num_warps, row.blocks_per_sm)
     plan = Plan(kernel, *tile, smem_bytes(problem, row), row.q_in_registers, stages=row.stages)
-    way = loading_way(kernel, problem)
-    plan = replace(plan, copying_warps=FP8_COPYING_WARPS if way == "fp8" else 1)
+    plan = replace(plan, copying_warps=FP8_COPYING_WARPS if way == "fp8" else row.copying_warps)
     if compute_capability(arch) < 9:  # registers can't change hands, so one block has all of them
         return replace(plan, blocks_per_sm=1)
     loading, matrix = REGISTERS[way, row.num_warps, row.tile_n]

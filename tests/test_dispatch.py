@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from flash_attn_sm120.dispatch import TILES, can_implement, choose, plan_for
+from flash_attn_sm120.dispatch import COMMON_TILES, TILES, can_implement, choose, plan_for
 from flash_attn_sm120.occupancy import REGISTERS, SHARED_BYTES, SHARED_BYTES_A_BLOCK, SUB_PARTITIONS, occupancy
 from flash_attn_sm120.problem import AttentionProblem
 from flash_attn_sm120.variants import variants
@@ -27,7 +27,9 @@ def test_every_head_dim_fits_shared_memory_as_the_plan_says(kernel):
 
 @pytest.mark.parametrize("kernel, row", ROWS, ids=lambda x: x if isinstance(x, str) else f"{x.head_dim}-{x.head_dim_v}")
 def test_every_tile_gives_two_matrix_warps_a_sub_partition(kernel, row):
-    plan = plan_for(kernel, AttentionProblem("bfloat16", row.head_dim, row.head_dim_v))
+    features = {"kv_dtype": "float8_e4m3fn" if row.ways == ("fp8",) else "", "mask": row.masks[0]}
+    plan = plan_for(kernel, AttentionProblem("bfloat16", row.head_dim, row.head_dim_v, **features))
+    assert (plan.tile_m, plan.stages) == (row.tile_m, row.stages) or row in COMMON_TILES
     assert plan.blocks_per_sm * plan.num_warps >= 2 * SUB_PARTITIONS
     warps = plan.num_warps + plan.loading_warps
     share = REGISTERS // (plan.blocks_per_sm * warps * 32) // 8 * 8

@@ -60,24 +60,23 @@ class Fp8Rows(RowSource):
 
 
 class PendingTile:
-    """What a thread loads of tile n of K or V; nothing where it isn't needed."""
+    """What a thread loads of tile n of K or V; nothing where it isn't needed. Addresses are worked out with the first
+    load and not before, so that they take no registers from the tile before it."""
 
     def __init__(
-        self,
-        keys: KeysAndValues,
-        source: Fp8Rows,
-        n: Int32,
-        own: ThreadRows,
-        page: Int32 | None,
-        needed: Boolean | None = None,
+        self, keys: KeysAndValues, source: Fp8Rows, n: Int32, page: Int32 | None, needed: Boolean | None = None
     ):
-        self.source, self.own, self.needed = source, own, needed
+        self.keys, self.source, self.n, self.page, self.needed = keys, source, n, page, needed
         self.places = source.loads(keys.sharing)
-        self.first_row, self.end = n * keys.tile_n, keys.bounds[1]
-        self.start = keys.start(source, own, n, page)
+        self.own = self.start = None
 
     def fetch(self, i: int) -> list[Int32]:
-        return self.source.fetch(self.own, self.places[i], self.first_row, self.start, self.end, self.needed)
+        keys = self.keys
+        if self.own is None:
+            self.own = keys.sharing.own()
+            self.start = keys.start(self.source, self.own, self.n, self.page)
+        first_row, end = self.n * keys.tile_n, keys.bounds[1]
+        return self.source.fetch(self.own, self.places[i], first_row, self.start, end, self.needed)
 
 
 class Fp8Loader(QueryLoader):
@@ -112,24 +111,22 @@ class Fp8Loader(QueryLoader):
         """Starts the first loads, of the last block."""
         self.first_block = blocks.begin
         self._turn(blocks.end - 1)
-        first = self._tile(self.keys.k, blocks.end - 1, self.keys.sharing.own())
+        first = self._tile(self.keys.k, blocks.end - 1)
         for slot in range(min(IN_FLIGHT, len(first.places))):
             self._fetch(first, slot, slot)
 
     def load_k(self, n: Int32, stage: Stage) -> None:
-        own = self.keys.sharing.own()
-        k, v = (self._tile(source, n, own) for source in (self.keys.k, self.keys.v))
+        k, v = (self._tile(source, n) for source in (self.keys.k, self.keys.v))
         stage.wait_for_k_room()
         self._load(k, v, stage.shared + self.config.offset_k, stage.bars["k_full"])
         if len(v.places) <= IN_FLIGHT:
             self._turn(n - 1)
 
     def load_v(self, n: Int32, stage: Stage) -> None:
-        own = self.keys.sharing.own()
-        v = self._tile(self.keys.v, n, own)
+        v = self._tile(self.keys.v, n)
         if len(v.places) > IN_FLIGHT:
             self._turn(n - 1)
-        k = self._tile(self.keys.k, n - 1, own, n > self.first_block)
+        k = self._tile(self.keys.k, n - 1, n > self.first_block)
         stage.wait_for_v_room()
         self._load(v, k, stage.shared + self.config.offset_v, stage.bars["v_full"])
 
@@ -138,19 +135,19 @@ class Fp8Loader(QueryLoader):
         if self.keys.page_size:
             self.page[0] = self.keys.page_number(n)
 
-    def _tile(self, source: Fp8Rows, n: Int32, own: ThreadRows, needed: Boolean | None = None) -> PendingTile:
+    def _tile(self, source: Fp8Rows, n: Int32, needed: Boolean | None = None) -> PendingTile:
         page = self.page[0] if self.keys.page_size else None
-        return PendingTile(self.keys, source, n, own, page, needed)
+        return PendingTile(self.keys, source, n, page, needed)
 
     def _load(self, tile: PendingTile, after: PendingTile, shared: Int32, barrier: cute.Pointer) -> None:
         """Stores `tile`, whose first loads are on their way. A slot that is stored takes a later load of the tile, or a
         first one of the tile after."""
-        count = len(tile.places)
+        count, own = len(tile.places), self.keys.sharing.own()
         for i in range(max(count, IN_FLIGHT)):
             slot = i % IN_FLIGHT
             if i < count:
                 words = [self.slots[slot * WORDS + j] for j in range(WORDS)]
-                tile.source.store(tile.own, tile.places[i], shared, words, self.kind)
+                tile.source.store(own, tile.places[i], shared, words, self.kind)
             if i + IN_FLIGHT < count:
                 self._fetch(tile, i + IN_FLIGHT, slot)
             elif slot < len(after.places):
