@@ -79,7 +79,7 @@ def flash_attn_func(
         copied: addresses and strides must be multiples of 16 bytes. Source: Kwon et al., PagedAttention (2023).
     k_descale, v_descale: float32 (batch, heads_kv), (1,) or (), or a number; k and v are multiplied by it. More than 0.
     q_descale: None or 1.
-    num_splits: how many parts the keys are cut into, which other thread blocks work on and a second kernel combines;
+    num_splits: how many parts the keys are cut into, which other thread blocks work on; the last of them combines;
         1: whole, up to 64; 0: chosen from sizes. More than one, or at most 16 rows, is the decode kernel's.
     scheduler_metadata: of get_scheduler_metadata; stands for num_splits where that is 0.
     cp_world_size, cp_rank, cp_tot_seqused_k: context parallel. k and v hold every cp_world_size-th key of a sequence,

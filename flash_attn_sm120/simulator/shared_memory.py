@@ -191,6 +191,3 @@ class SharedMemory:
 
     def words(self, width: int) -> np.ndarray:
         return self._views[width]
-
-    def byte_base(self, warps: np.ndarray) -> np.ndarray:
-        return self._byte_base[warps]
