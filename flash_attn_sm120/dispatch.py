@@ -188,11 +188,13 @@ def plan_for(kernel: str, problem: AttentionProblem, arch: str = "sm_120a") -> P
         tile = (row.tile_m, row.tile_n, row.num_warps, row.blocks_per_sm)
         return Plan(kernel, *tile, size, loading_warps=0, stages=row.stages)
     way = loading_way(kernel, problem)
-    row = next(row for row in TILES[kernel] if row.serves(problem, way))
+    hands_over = compute_capability(arch) >= 9  # else registers can't change hands, and one block has all of them
+    rows = TILES[kernel] if hands_over else COMMON_TILES
+    row = next(row for row in rows if row.serves(problem, way))
     tile = (row.tile_m, row.tile_n, row.num_warps, row.blocks_per_sm)
     plan = Plan(kernel, *tile, smem_bytes(problem, row), row.q_in_registers, stages=row.stages)
     plan = replace(plan, copying_warps=FP8_COPYING_WARPS if way == "fp8" else row.copying_warps)
-    if compute_capability(arch) < 9:  # registers can't change hands, so one block has all of them
+    if not hands_over:
         return replace(plan, blocks_per_sm=1)
     loading, matrix = REGISTERS[way, row.num_warps, row.tile_n]
     return replace(plan, loading_registers=loading, matrix_registers=matrix)

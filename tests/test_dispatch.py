@@ -38,6 +38,15 @@ def test_every_tile_gives_two_matrix_warps_a_sub_partition(kernel, row):
     assert plan.tile_n % 16 == 0
 
 
+@pytest.mark.parametrize("kv_dtype", ["", "float8_e4m3fn"])
+@pytest.mark.parametrize("head_dim", [64, 128, 256])
+def test_a_block_has_its_registers_where_they_cannot_change_hands(head_dim, kv_dtype):
+    plan = plan_for("forward", AttentionProblem("bfloat16", head_dim, head_dim, kv_dtype=kv_dtype), "sm_89")
+    assert plan.blocks_per_sm == 1 and not plan.hands_over_registers
+    row_registers = plan.tile_m // plan.num_warps * (head_dim + plan.tile_n) // 32  # of a matrix thread, for O and S
+    assert row_registers < REGISTERS // (32 * (plan.num_warps + plan.loading_warps)) - 8
+
+
 @pytest.mark.parametrize("kernel", TILES)
 def test_the_tables_are_searched_from_small_to_large(kernel):
     dims = [(row.head_dim, row.head_dim_v) for row in TILES[kernel]]

@@ -108,6 +108,16 @@ def test_rows_that_see_nothing_have_the_sink(dtype, seqlen_q, device):
     torch.testing.assert_close(lse[0], sink.float()[:, None].expand(4, seqlen_q), rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("seqlen_q", [3, 40])
+def test_neighbours_of_huge_rows_keep_their_bits(seqlen_q, device):
+    """8-bit keys are multiplied in f16, which bfloat16 rows don't fit without a factor each."""
+    on = device.torch_device
+    exponents = torch.randint(-40, 21, (2, seqlen_q, 4, 1), device=on)
+    q = (rand(on, 2, seqlen_q, 4, 64, dtype=torch.float32) * exponents.float().exp2()).to(BF16)
+    k, v = (rand(on, 2, 50, 2, 64, dtype=torch.float32).to(E4M3) for _ in range(2))
+    assert_right(q, k, v, causal=True)
+
+
 @pytest.mark.parametrize("num_splits", [1, 2, 31, 128])
 @pytest.mark.parametrize("packed", [False, True])
 def test_combine(packed, num_splits, device):
