@@ -11,7 +11,7 @@ from flash_attn_sm120.decode_plan import decode_memory, decode_row
 from flash_attn_sm120.problem import ELEMENT_BYTES, MASKS, AttentionProblem, CombineProblem, padded
 
 FP8_COPYING_WARPS = 4  # which convert
-WAYS = ("cp_async", "pages", "fp8", "tma")  # how a prefill kernel's tiles come into shared memory
+WAYS = ("cp_async", "pages", "page_boxes", "fp8", "tma")  # how a prefill kernel's tiles come into shared memory
 # Attributes of a problem that take registers from the main loop.
 MODIFIERS = ("softcap", "sink", "alibi", "chunked", "context_parallel", "k_descale", "v_descale")
 MAX_SPLITS = 64  # parts of a sequence in a decode
@@ -45,6 +45,7 @@ class Plan:
     loading_registers: int = 0
     matrix_registers: int = 0
     stages: int = 1
+    way: str = ""  # of loading, in prefill
 
     @property
     def hands_over_registers(self) -> bool:
@@ -104,6 +105,7 @@ FP8_TILES = tuple(
 FORWARD_TILES = (
     *COMMON_TILES[:2],
     replace(LARGEST, ways=("cp_async",), copying_warps=4, masks=("full", "causal")),
+    replace(LARGEST, ways=("page_boxes",)),
     *(row for rows in zip(FP8_TILES, COMMON_TILES[2:], strict=True) for row in rows),
 )
 FORWARD_TMA_TILES = (*COMMON_TILES[:2], LARGEST, *COMMON_TILES[2:])
@@ -119,6 +121,10 @@ REGISTERS = {
     ("pages", 4, 64): (32, 224),
     ("pages", 8, 32): (40, 232),
     ("pages", 8, 64): (40, 232),
+    ("page_boxes", 4, 32): (32, 224),
+    ("page_boxes", 4, 64): (32, 224),
+    ("page_boxes", 8, 32): (24, 240),
+    ("page_boxes", 8, 64): (24, 240),
     ("fp8", 4, 32): (40, 216),
     ("fp8", 4, 64): (40, 216),
     ("fp8", 8, 16): (40, 232),
@@ -130,11 +136,19 @@ REGISTERS = {
 }
 
 
-def loading_way(kernel: str, problem: AttentionProblem) -> str:
-    """One of WAYS."""
+def loading_way(kernel: str, problem: AttentionProblem, arch: str) -> str:
+    """One of WAYS. A tensor map holds a pool as it holds a dense tensor."""
     if kernel == "forward_tma":
         return "tma"
-    return "fp8" if problem.kv_dtype else "pages" if problem.paged else "cp_async"
+    if problem.kv_dtype or not problem.paged:
+        return "fp8" if problem.kv_dtype else "cp_async"
+    return "page_boxes" if fits_tensor_maps(problem, arch) else "pages"
+
+
+def fits_tensor_maps(problem: AttentionProblem, arch: str) -> bool:
+    """Whether TMA can load q, or a pool, k and v."""
+    whole_boxes = problem.head_dim % 32 == 0 and problem.head_dim_v % 32 == 0
+    return compute_capability(arch) >= 9 and problem.tma_strides and whole_boxes
 
 
 def smem_bytes(problem: AttentionProblem, row: TileRow) -> int:
@@ -171,8 +185,7 @@ def can_implement(kernel: str, problem: AttentionProblem, arch: str) -> bool:
         return False
     if kernel != "forward_tma":
         return problem.decode == (kernel == "decode")
-    whole_boxes = problem.head_dim % 32 == 0 and problem.head_dim_v % 32 == 0
-    return compute_capability(arch) >= 9 and problem.tma_strides and whole_boxes
+    return fits_tensor_maps(problem, arch)
 
 
 def compute_capability(arch: str) -> int:
@@ -187,12 +200,12 @@ def plan_for(kernel: str, problem: AttentionProblem, arch: str = "sm_120a") -> P
         size = decode_memory(problem, row.tile_m, row.tile_n, row.num_warps, row.stages).bytes
         tile = (row.tile_m, row.tile_n, row.num_warps, row.blocks_per_sm)
         return Plan(kernel, *tile, size, loading_warps=0, stages=row.stages)
-    way = loading_way(kernel, problem)
+    way = loading_way(kernel, problem, arch)
     hands_over = compute_capability(arch) >= 9  # else registers can't change hands, and one block has all of them
     rows = TILES[kernel] if hands_over else COMMON_TILES
     row = next(row for row in rows if row.serves(problem, way))
     tile = (row.tile_m, row.tile_n, row.num_warps, row.blocks_per_sm)
-    plan = Plan(kernel, *tile, smem_bytes(problem, row), row.q_in_registers, stages=row.stages)
+    plan = Plan(kernel, *tile, smem_bytes(problem, row), row.q_in_registers, stages=row.stages, way=way)
     plan = replace(plan, copying_warps=FP8_COPYING_WARPS if way == "fp8" else row.copying_warps)
     if not hands_over:
         return replace(plan, blocks_per_sm=1)

@@ -25,7 +25,11 @@ def prepare(
     num_splits = checks_serving.check_num_splits(options.num_splits)
     problem = _problem(q, k, v, tensors, options.return_lse, mask, numbers, v_scale)
     problem, cut = _with_decode(problem, num_splits, q, k, tensors, options, numbers, batch)
-    if not (problem.varlen or problem.paged or problem.decode):  # strides choose between kernels for dense calls only
+    if problem.paged and not (
+        problem.decode or problem.kv_dtype
+    ):  # strides choose a way for pools and dense calls only
+        problem = replace(problem, tma_strides=all(map(has_tma_strides, (k, v))))
+    elif not (problem.varlen or problem.paged or problem.decode):
         problem = replace(problem, tma_strides=all(map(has_tma_strides, (q, k, v))))
 
     packed_q, heads, heads_kv = problem.packed_q, q.shape[-2], k.shape[-2]

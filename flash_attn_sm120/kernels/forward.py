@@ -15,7 +15,9 @@ from flash_attn_sm120.arguments import Lengths, Modifiers, Numbers
 from flash_attn_sm120.device.block_range import block_range
 from flash_attn_sm120.device.load_cp_async import CpAsyncLoader
 from flash_attn_sm120.device.load_fp8 import Fp8Loader
+from flash_attn_sm120.device.load_pages import PagedBoxes, PageLoader, box_rows
 from flash_attn_sm120.device.mainloop import ForwardTile
+from flash_attn_sm120.device.paged_kv import RowSource, warps_that_copy
 from flash_attn_sm120.device.ptx import PTX_DTYPE
 from flash_attn_sm120.device.scheduler import Tile, dense_tile, heads_in_l2, packed_tile
 from flash_attn_sm120.device.seqlen import sequences
@@ -47,6 +49,9 @@ class FlashAttentionForwardSm80:
         self.layout_o = TileLayout(plan.tile_m, padded(problem.head_dim_v))
         self.offset_k = self.layout_q.bytes
         self.offset_v = self.offset_k + self.layout_k.bytes
+        self.box_rows = 0  # of TMA, where pages come by it
+        if plan.way == "page_boxes":
+            self.box_rows = box_rows(problem.page_size, plan.tile_n // warps_that_copy(self, RowSource))
         self.stage_bytes = self.layout_k.bytes + self.layout_v.bytes
 
     @classmethod
@@ -83,7 +88,13 @@ class FlashAttentionForwardSm80:
         if cutlass.const_expr(problem.paged):
             seqlen_k = lengths.page_table.shape[1] * problem.page_size
         group = heads_in_l2(heads // mK.shape[-2], seqlen_k, row_bytes)
-        self.kernel(mQ, mK, mV, mO, mLSE, lengths, modifiers, in_base_2(problem, numbers), group).launch(
+        maps = (None,) * 4
+        if cutlass.const_expr(self.box_rows):
+            maps = (
+                *PagedBoxes.map(mK, self.layout_k, self.box_rows),
+                *PagedBoxes.map(mV, self.layout_v, self.box_rows),
+            )
+        self.kernel(mQ, mK, mV, *maps, mO, mLSE, lengths, modifiers, in_base_2(problem, numbers), group).launch(
             grid=grid, block=(self.num_threads, 1, 1), smem=plan.smem_bytes, stream=stream,
             min_blocks_per_mp=plan.blocks_per_sm, preferred_smem_carveout=100,
         )  # fmt: skip
@@ -94,6 +105,10 @@ class FlashAttentionForwardSm80:
         mQ: cute.Tensor,
         mK: cute.Tensor,
         mV: cute.Tensor,
+        atom_k: cute.CopyAtom | None,
+        gK: cute.Tensor | None,
+        atom_v: cute.CopyAtom | None,
+        gV: cute.Tensor | None,
         mO: cute.Tensor,
         mLSE: cute.Tensor | None,
         lengths: Lengths,
@@ -112,7 +127,7 @@ class FlashAttentionForwardSm80:
             m_blocks = cute.ceil_div(mQ.shape[1], plan.tile_m)
             tile = dense_tile(block, m_blocks, heads, mQ.shape[0], group)
         if tile.valid:
-            self.compute(mQ, mK, mV, mO, mLSE, lengths, modifiers, numbers, tile)
+            self.compute(mQ, mK, mV, atom_k, gK, atom_v, gV, mO, mLSE, lengths, modifiers, numbers, tile)
 
     @cute.jit
     def compute(
@@ -120,6 +135,10 @@ class FlashAttentionForwardSm80:
         mQ: cute.Tensor,
         mK: cute.Tensor,
         mV: cute.Tensor,
+        atom_k: cute.CopyAtom | None,
+        gK: cute.Tensor | None,
+        atom_v: cute.CopyAtom | None,
+        gV: cute.Tensor | None,
         mO: cute.Tensor,
         mLSE: cute.Tensor | None,
         lengths: Lengths,
@@ -136,8 +155,15 @@ class FlashAttentionForwardSm80:
             scale = numbers.softmax_scale * modifiers.k_descale[tile.batch, tile.head // heads_per_kv]
             numbers = numbers._replace(softmax_scale=scale)
         work = ForwardTile(self, tile, seq_q, *of_keys, modifiers, numbers, heads_per_kv)
-        make_loader = Fp8Loader if problem.kv_dtype else CpAsyncLoader
-        work.run(make_loader(self, mQ, mK, mV, work.shared, tile, seq_q, seq_k, lengths), blocks, mO, mLSE)
+        inputs = (mQ, mK, mV, work.shared, tile, seq_q, seq_k, lengths)
+        if cutlass.const_expr(self.box_rows):
+            k = PagedBoxes(atom_k, gK, mK.element_type, self.layout_k, self.box_rows)
+            v = PagedBoxes(atom_v, gV, mV.element_type, self.layout_v, self.box_rows)
+            work.run(PageLoader(self, k, v, *inputs), blocks, mO, mLSE)
+        elif cutlass.const_expr(problem.kv_dtype):
+            work.run(Fp8Loader(self, *inputs), blocks, mO, mLSE)
+        else:
+            work.run(CpAsyncLoader(self, *inputs), blocks, mO, mLSE)
 
 
 class FlashAttentionForwardSm120(FlashAttentionForwardSm80):
