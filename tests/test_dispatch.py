@@ -54,6 +54,25 @@ def test_the_tables_are_searched_from_small_to_large(kernel):
     assert dims[-1] == (256, 256)
 
 
+PAGED = {"page_size": 16, "seqused_k": True}
+
+
+@pytest.mark.parametrize(
+    "way, arch, options",
+    [
+        ("page_boxes", "sm_120a", PAGED),
+        ("page_boxes", "sm_121a", PAGED | {"packed_q": True, "sink": "float32"}),
+        ("pages", "sm_89", PAGED),
+        ("pages", "sm_120a", PAGED | {"tma_strides": False}),
+        ("pages", "sm_120a", PAGED | {"head_dim_v": 80}),
+        ("fp8", "sm_120a", PAGED | {"kv_dtype": "float8_e5m2"}),
+        ("cp_async", "sm_120a", {"seqused_k": True}),
+    ],
+)
+def test_how_keys_are_loaded(way, arch, options):
+    assert choose(AttentionProblem("bfloat16", 128, **{"head_dim_v": 128} | options), arch).way == way
+
+
 VARLEN = ("packed_q", "packed_k", "seqused_q", "seqused_k")
 
 

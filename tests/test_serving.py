@@ -108,6 +108,20 @@ def test_rows_that_see_nothing_have_the_sink(dtype, seqlen_q, device):
     torch.testing.assert_close(lse[0], sink.float()[:, None].expand(4, seqlen_q), rtol=1e-5, atol=1e-5)
 
 
+def test_a_pool_that_no_tensor_map_holds(device):
+    """One page repeated: stride 0 keeps TMA away, and the pages come with cp.async."""
+    on = device.torch_device
+    q, page = rand(on, 2, 40, 4, 128), rand(on, 1, 16, 2, 128)
+    pool, table = page.expand(9, -1, -1, -1), torch.randint(0, 9, (2, 6), dtype=torch.int32, device=on)
+    out = flash_attn_func(q, pool, pool, page_table=table, seqused_k=ints(on, 90, 51), causal=True)
+    same = flash_attn_func(
+        q, pool.contiguous(), pool.contiguous(), page_table=table, seqused_k=ints(on, 90, 51), causal=True
+    )
+    rows = page[:, torch.arange(90, device=on) % 16].expand(2, -1, -1, -1)
+    exact = assert_right(q, rows, rows, seqused_k=ints(on, 90, 51), causal=True)[0]
+    assert largest_difference(out, exact) < 0.01 and largest_difference(same, exact) < 0.01
+
+
 @pytest.mark.parametrize("seqlen_q", [3, 40])
 def test_neighbours_of_huge_rows_keep_their_bits(seqlen_q, device):
     """8-bit keys are multiplied in f16, which bfloat16 rows don't fit without a factor each."""

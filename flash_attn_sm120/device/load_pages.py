@@ -62,10 +62,10 @@ class PagedBoxes:
 class PageLoader(CpAsyncLoader):
     """Q and the last block as CpAsyncLoader; of the other blocks each copying warp loads a part through TMA."""
 
-    def __init__(self, config, k: PagedBoxes, v: PagedBoxes, mQ, mK, mV, shared, tile, seq_q, seq_k, lengths):
-        super().__init__(config, mQ, mK, mV, shared, tile, seq_q, seq_k, lengths)
-        self.boxes_k, self.boxes_v = k, v
-        self.head_kv = tile.head // (mQ.shape[-2] // mK.shape[-2])
+    def __init__(self, config, k: PagedBoxes, v: PagedBoxes, head_kv: Int32, *inputs):
+        """inputs: as CpAsyncLoader takes them."""
+        super().__init__(config, *inputs)
+        self.boxes_k, self.boxes_v, self.head_kv = k, v, head_kv
         self.own_rows = config.plan.tile_n // self.warps
         self.count = self.own_rows // k.rows  # boxes of a warp
         # Lane j has the page numbers of box j, of the tile whose K was loaded last and of the one whose K comes next.

@@ -159,7 +159,7 @@ class FlashAttentionForwardSm80:
         if cutlass.const_expr(self.box_rows):
             k = PagedBoxes(atom_k, gK, mK.element_type, self.layout_k, self.box_rows)
             v = PagedBoxes(atom_v, gV, mV.element_type, self.layout_v, self.box_rows)
-            work.run(PageLoader(self, k, v, *inputs), blocks, mO, mLSE)
+            work.run(PageLoader(self, k, v, tile.head // heads_per_kv, *inputs), blocks, mO, mLSE)
         elif cutlass.const_expr(problem.kv_dtype):
             work.run(Fp8Loader(self, *inputs), blocks, mO, mLSE)
         else:
