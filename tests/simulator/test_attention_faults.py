@@ -112,12 +112,12 @@ def test_a_tile_is_read_before_it_is_full():
     assert report.kind in ("shared-memory race", "read of unwritten shared memory")
 
 
-def paged(edit=None, page=1_000_000, rows=1, kv_dtype=torch.bfloat16):
-    """The second of three pages of the first sequence has the number `page`, of 6."""
+def paged(edit=None, page=1_000_000, rows=1, kv_dtype=torch.bfloat16, length=40):
+    """The second page of the first sequence, of `length` keys, has the number `page`, of 6."""
     q = torch.randn(2, rows, 8, 128).bfloat16()
     k, v = (torch.randn(6, 16, 2, 128).to(kv_dtype) for _ in range(2))
-    table = torch.tensor([[3, page, 5], [0, 4, -9]], dtype=torch.int32)
-    used = torch.tensor([40, 17], dtype=torch.int32)
+    table = torch.tensor([[3, page, 5, *[1] * 6], [0, 4, *[-9] * 7]], dtype=torch.int32)
+    used = torch.tensor([length, 17], dtype=torch.int32)
     with simulate(edit=edit):
         return flash_attn_func(q, k, v, page_table=table, seqused_k=used, num_splits=1)
 
@@ -150,6 +150,6 @@ def test_converted_tile_that_is_stored_too_early(number):
         return ptx[: wait.start()] + "setp.eq.b32 P1, 0, 0;" + ptx[wait.end() :]
 
     with pytest.raises(SimulationError) as caught:
-        paged(edit, 0, 20, torch.float8_e4m3fn)
+        paged(edit, 0, 20, torch.float8_e4m3fn, length=140)  # more tiles than there is room for
     # a tile that is full twice before anybody has seen it is one that the matrix warps wait for in vain
     assert caught.value.report.kind in ("shared-memory race", "deadlock")
