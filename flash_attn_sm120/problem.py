@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, field
 
 MAX_HEAD_DIM = 256
 DTYPES = ("bfloat16", "float16")
@@ -14,6 +15,16 @@ ELEMENT_BYTES = 2  # of q, out and all that the matrix instructions read
 def padded(head_dim: int) -> int:
     """Columns as the matrix instructions see them: head_dim rounded up to their depth of 16."""
     return (head_dim + 15) // 16 * 16
+
+
+@dataclass(frozen=True, slots=True)
+class Mod:
+    """A score_mod or mask_mod. digest: of its code and of what that refers to; two functions that share it compute the
+    same. width: elements of the vectors that it takes."""
+
+    digest: str
+    width: int = 1
+    function: Callable = field(default=None, compare=False, repr=False)
 
 
 @dataclass(frozen=True, slots=True)
