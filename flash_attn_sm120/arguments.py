@@ -20,6 +20,24 @@ class Lengths(NamedTuple):
     cp_tot_seqused_k: Any = None  # (batch,)
 
 
+class Dropout(NamedTuple):
+    """Which weights are dropped, and what the others are multiplied by."""
+
+    seed: Any  # (2,) int64, 32 bits each
+    threshold: Any  # of dropout.threshold
+    factor: Any  # float32
+
+
+class BlockLists(NamedTuple):
+    """Of each row of sparse blocks, the columns of those to be computed, ascending; int32. cnt (batch, heads, m_blocks),
+    idx (batch, heads, m_blocks, n_blocks)."""
+
+    mask_cnt: Any  # blocks that mask_mod applies to
+    mask_idx: Any
+    full_cnt: Any  # blocks that it doesn't
+    full_idx: Any
+
+
 class Modifiers(NamedTuple):
     """Tensors that change what is computed."""
 
@@ -27,7 +45,9 @@ class Modifiers(NamedTuple):
     alibi_slopes: Any = None  # (batch, heads) float32
     k_descale: Any = None  # (batch, heads_kv) float32
     v_descale: Any = None  # (batch, heads_kv) float32
-    dropout_seed: Any = None  # (2,) int64
+    dropout: Dropout | None = None
+    blocks: BlockLists | None = None
+    aux: tuple = ()  # what mods read: tensors of any dtype and rank, then numbers
 
 
 class Numbers(NamedTuple):

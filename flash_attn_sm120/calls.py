@@ -58,6 +58,8 @@ class Call(NamedTuple):
     lse_rows: tuple[int, ...] = ()  # shape that lse has, asked for or not
     tickets: int = 0  # of a split launch
     slots: int = 0  # likewise
+    batch: int = 0
+    heads: int = 0
 
 
 known: dict[tuple, Any] = {}

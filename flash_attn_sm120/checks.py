@@ -26,11 +26,6 @@ VALUE_CHECKS = os.environ.get("FLASH_ATTN_SM120_CHECK") == "1"
 
 # Accepted by name for callers of other packages; a value outside the tuple asks for what isn't offered yet.
 LATER = {
-    "dropout_p": (None, 0),
-    "score_mod": (None,),
-    "mask_mod": (None,),
-    "aux_tensors": (None,),
-    "block_sparse_tensors": (None,),
     "return_attn_probs": (None, False),
 }
 # Honoured whatever they say: the forward is deterministic, and pack_gqa only names a way to the same numbers.

@@ -8,11 +8,21 @@ import warnings
 from collections.abc import Callable
 
 import cutlass
-from cutlass import Float32, Int32, cute
+from cutlass import Float32, Int32, Int64, cute
 from cutlass.cute.runtime import make_fake_stream, make_fake_tensor
 
-from flash_attn_sm120.arguments import Arguments, CombineArguments, Lengths, Modifiers, Numbers, Partials
-from flash_attn_sm120.dispatch import Plan, choose
+from flash_attn_sm120 import cubin
+from flash_attn_sm120.arguments import (
+    Arguments,
+    BlockLists,
+    CombineArguments,
+    Dropout,
+    Lengths,
+    Modifiers,
+    Numbers,
+    Partials,
+)
+from flash_attn_sm120.dispatch import Plan, candidates
 from flash_attn_sm120.kernels.combine import FlashAttentionCombine
 from flash_attn_sm120.kernels.decode import FlashAttentionDecodeSm120
 from flash_attn_sm120.kernels.forward import FlashAttentionForwardSm120
@@ -31,6 +41,13 @@ DTYPES = {
     "float32": Float32,
     "float8_e4m3fn": cutlass.Float8E4M3FN,
     "float8_e5m2": cutlass.Float8E5M2,
+    "float64": cutlass.Float64,
+    "int8": cutlass.Int8,
+    "int16": cutlass.Int16,
+    "int32": Int32,
+    "int64": Int64,
+    "uint8": cutlass.Uint8,
+    "bool": cutlass.Boolean,
 }
 
 _loaded: dict[tuple[AttentionProblem | CombineProblem, str], Callable] = {}
@@ -49,8 +66,18 @@ def load(problem: AttentionProblem | CombineProblem, arch: str) -> Callable:
         with _lock:
             launcher = _loaded.get(key)
             if launcher is None:
-                launcher = _loaded[key] = build(problem, choose(problem, arch), arch)
+                launcher = _loaded[key] = build_best(problem, arch)
     return launcher
+
+
+def build_best(problem: AttentionProblem | CombineProblem, arch: str, keep: bool = False):
+    """Compiles the first of the problem's plans that needs no stack, as far as there is a choice; see build."""
+    plans = [None] if isinstance(problem, CombineProblem) else candidates(problem, arch)
+    for plan in plans[:-1]:
+        built = build(problem, plan, arch, keep=True)
+        if not any(kernel.stack_bytes for kernel in cubin.read(built.__cubin__)):
+            return built
+    return build(problem, plans[-1], arch, keep)
 
 
 def build(problem: AttentionProblem | CombineProblem, plan: Plan | None, arch: str, keep: bool = False):
@@ -86,6 +113,9 @@ def _signature(problem: AttentionProblem) -> tuple:
         alibi_slopes=_strided(Float32, 2) if problem.alibi else None,
         k_descale=_strided(Float32, 2) if problem.k_descale else None,
         v_descale=_strided(Float32, 2) if problem.v_descale else None,
+        dropout=Dropout(_rows(Int64, 1), Int32(0), Float32(0)) if problem.dropout else None,
+        blocks=BlockLists(*(_strided(Int32, rank) for rank in (3, 4, 3, 4))) if problem.block_sparse else None,
+        aux=tuple(_aux(DTYPES[dtype], rank) for dtype, rank in problem.aux),
     )
     numbers = Numbers(Float32(0), Float32(0), *[Int32(0)] * (len(Numbers._fields) - 2))
     arguments = tuple(Arguments(q, k, v, out, lse, lengths, modifiers, numbers))
@@ -123,7 +153,13 @@ def _rows(dtype: type, rank: int):
 
 def _strided(dtype: type, rank: int):
     """Any strides, 64-bit; 0 repeats a value."""
-    return _tensor(dtype, rank, dtype.width // 8, 1, last=cute.sym_int64())
+    shape, stride = (tuple(kind() for _ in range(rank)) for kind in (cute.sym_int32, cute.sym_int64))
+    return make_fake_tensor(dtype, shape, stride, assumed_align=max(dtype.width // 8, 1))
+
+
+def _aux(dtype: type, rank: int):
+    """A tensor of any strides, or a number where rank is -1."""
+    return dtype(0) if rank < 0 else _strided(dtype, rank)
 
 
 def _tensor(dtype: type, rank: int, align: int, divisibility: int, last):

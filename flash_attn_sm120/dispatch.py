@@ -13,9 +13,12 @@ from flash_attn_sm120.problem import ELEMENT_BYTES, MASKS, AttentionProblem, Com
 FP8_COPYING_WARPS = 4  # which convert
 WAYS = ("cp_async", "pages", "page_boxes", "fp8", "tma")  # how a prefill kernel's tiles come into shared memory
 # Attributes of a problem that take registers from the main loop.
-MODIFIERS = ("softcap", "sink", "alibi", "chunked", "context_parallel", "k_descale", "v_descale")
+SCORES = ("softcap", "sink", "alibi", "chunked", "context_parallel", "k_descale", "v_descale")
+CHANGES = ("dropout", "score_mod", "mask_mod", "block_sparse")
+MODIFIERS = (*SCORES, *CHANGES)
 MAX_SPLITS = 64  # parts of a sequence in a decode
 TILE_NOTE_BYTES = 48  # what a thread block writes down instead of keeping it in registers, behind the tiles
+SECOND_NOTE_BYTES = 48
 
 
 def barrier_bytes(stages: int) -> int:
@@ -46,6 +49,7 @@ class Plan:
     matrix_registers: int = 0
     stages: int = 1
     way: str = ""  # of loading, in prefill
+    note_bytes: int = TILE_NOTE_BYTES
 
     @property
     def hands_over_registers(self) -> bool:
@@ -54,7 +58,7 @@ class Plan:
     @property
     def note_offset(self) -> int:
         """Where in shared memory the tile's note lies."""
-        return self.barrier_offset - TILE_NOTE_BYTES
+        return self.barrier_offset - self.note_bytes
 
     @property
     def barrier_offset(self) -> int:
@@ -65,7 +69,7 @@ class Plan:
 @dataclass(frozen=True, slots=True)
 class TileRow:
     """A row of a tile table: serves head dims up to (head_dim, head_dim_v) with one of `masks` and one of the `ways` of
-    loading, and those of MODIFIERS or not."""
+    loading, and those of MODIFIERS that `modifiers` names."""
 
     head_dim: int
     head_dim_v: int
@@ -78,12 +82,14 @@ class TileRow:
     copying_warps: int = 1
     masks: tuple[str, ...] = MASKS
     ways: tuple[str, ...] = WAYS
-    modifiers: bool = True
+    modifiers: tuple[str, ...] = MODIFIERS
 
     def serves(self, problem: AttentionProblem, way: str) -> bool:
         fits = problem.head_dim <= self.head_dim and problem.head_dim_v <= self.head_dim_v
-        modified = any(getattr(problem, name) for name in MODIFIERS)
-        return fits and problem.mask in self.masks and way in self.ways and self.modifiers >= modified
+        modified = all(name in self.modifiers for name in MODIFIERS if getattr(problem, name))
+        blocks = zip(problem.sparse_block, (self.tile_m, self.tile_n), strict=False)
+        whole = not any(size % tile for size, tile in blocks)
+        return fits and whole and problem.mask in self.masks and way in self.ways and modified
 
 
 # 32 rows a warp where registers and shared memory allow it (half the shared-memory reads), 16 above head_dim 128, where
@@ -98,18 +104,25 @@ COMMON_TILES = (
 # The largest tile that fits its registers is the fastest. 256x64 doesn't with modifiers, nor where four warps copy and
 # window bounds are held, nor with pages that come by cp.async. Converting 8-bit keys costs the same for 128 rows as for
 # 256, and takes registers. Evidence: benchmarks/NOTES.md, "The largest tile under every mask", "Serving prefill".
-LARGEST = TileRow(128, 128, tile_m=256, tile_n=64, num_warps=8, blocks_per_sm=1, modifiers=False)
+LARGEST = TileRow(128, 128, tile_m=256, tile_n=64, num_warps=8, blocks_per_sm=1, modifiers=())
 FP8_TILES = tuple(
     TileRow(d, d, tile_m, tile_n, num_warps=8, blocks_per_sm=1, stages=stages, q_in_registers=d > 128, ways=("fp8",))
     for d, tile_m, tile_n, stages in ((128, 256, 32, 2), (192, 128, 32, 2), (256, 128, 16, 1))
+)
+# For sparse blocks of fewer rows.
+NARROW_TILES = tuple(
+    TileRow(d, d, tile_m=64, tile_n=tile_n, num_warps=4, blocks_per_sm=2, ways=("cp_async", "pages", "tma"))
+    for d, tile_n in ((128, 64), (192, 32), (256, 16))
 )
 FORWARD_TILES = (
     *COMMON_TILES[:2],
     replace(LARGEST, ways=("cp_async",), copying_warps=4, masks=("full", "causal")),
     replace(LARGEST, ways=("page_boxes",)),
+    replace(LARGEST, ways=("tma",), modifiers=CHANGES),
     *(row for rows in zip(FP8_TILES, COMMON_TILES[2:], strict=True) for row in rows),
+    *NARROW_TILES,
 )
-FORWARD_TMA_TILES = (*COMMON_TILES[:2], LARGEST, *COMMON_TILES[2:])
+FORWARD_TMA_TILES = (*COMMON_TILES[:2], replace(LARGEST, modifiers=CHANGES), *COMMON_TILES[2:])
 TILES = {"forward": FORWARD_TILES, "forward_tma": FORWARD_TMA_TILES}
 # A thread's registers once they have changed hands, loading and matrix, by way of loading, matrix warps and tile_n:
 # together what the equal shares of the launch had.
@@ -118,6 +131,9 @@ REGISTERS = {
     ("cp_async", 4, 64): (32, 224),
     ("cp_async", 8, 32): (24, 240),
     ("cp_async", 8, 64): (24, 240),
+    ("cp_async", 4, 16): (32, 224),
+    ("pages", 4, 16): (32, 224),
+    ("tma", 4, 16): (24, 232),
     ("pages", 4, 32): (32, 224),
     ("pages", 4, 64): (32, 224),
     ("pages", 8, 32): (40, 232),
@@ -141,9 +157,14 @@ def loading_way(kernel: str, problem: AttentionProblem, arch: str) -> str:
     """One of WAYS. A tensor map holds a pool as it holds a dense tensor."""
     if kernel == "forward_tma":
         return "tma"
-    if problem.kv_dtype or not problem.paged:
-        return "fp8" if problem.kv_dtype else "cp_async"
-    return "page_boxes" if fits_tensor_maps(problem, arch) else "pages"
+    if problem.kv_dtype:
+        return "fp8"
+    boxes = fits_tensor_maps(problem, arch)
+    if problem.paged:
+        return "page_boxes" if boxes and not problem.block_sparse else "pages"
+    # what TMA brings behind a sequence's end is zeros only where that is the tensor's
+    dense = not any(getattr(problem, name) for name in ("varlen", *SERVING))
+    return "tma" if boxes and dense and any(getattr(problem, name) for name in SPARSE) else "cp_async"
 
 
 def fits_tensor_maps(problem: AttentionProblem, arch: str) -> bool:
@@ -156,19 +177,23 @@ def smem_bytes(problem: AttentionProblem, row: TileRow) -> int:
     """Q, the stages of K and V, a note and the barriers; out takes the tiles' place at the end."""
     d, dv = padded(problem.head_dim), padded(problem.head_dim_v)
     inputs = row.tile_m * d + row.stages * row.tile_n * (d + dv)
-    return ELEMENT_BYTES * max(inputs, row.tile_m * dv) + TILE_NOTE_BYTES + barrier_bytes(row.stages)
+    return ELEMENT_BYTES * max(inputs, row.tile_m * dv) + note_bytes(problem) + barrier_bytes(row.stages)
+
+
+def note_bytes(problem: AttentionProblem) -> int:
+    """Of the tile's note, with the part that lists, seeds and mods need."""
+    changed = any(getattr(problem, name) for name in CHANGES)
+    return TILE_NOTE_BYTES + (SECOND_NOTE_BYTES if changed else 0)
 
 
 # Attributes of a problem that a kernel has no code for.
-SPARSE = ("block_sparse", "dropout")
+SPARSE = ("block_sparse", "dropout")  # which the dispatcher keeps off the TMA kernel
 SERVING = ("paged", "kv_dtype", "k_descale", "v_descale", "sink", "alibi", "chunked", "context_parallel")
 EXCLUDED = {
-    "forward": (*SPARSE, "decode", "split"),
+    "forward": ("decode", "split"),
     "forward_tma": ("varlen", *SERVING, *SPARSE, "decode", "split"),
-    "decode": SPARSE,
+    "decode": CHANGES,
 }
-# Those that no kernel has: what callers call them, and the value that doesn't ask for them.
-NOT_OFFERED = {"block_sparse": ("block_sparse_tensors", "None"), "dropout": ("dropout_p", "0")}
 MAX_PARTS = 128  # that a combination takes
 DECODE_ROWS = 16  # query tokens of a sequence up to which the decode kernel is faster
 
@@ -196,19 +221,38 @@ def compute_capability(arch: str) -> int:
 
 def plan_for(kernel: str, problem: AttentionProblem, arch: str = "sm_120a") -> Plan:
     """The kernel's plan, whether or not the dispatcher would take it."""
+    return plans_for(kernel, problem, arch)[0]
+
+
+def plans_for(kernel: str, problem: AttentionProblem, arch: str = "sm_120a") -> list[Plan]:
+    """The kernel's plans for a problem, the fastest first, each with fewer scores in a thread than those before."""
     if kernel == "decode":
         row = decode_row(problem)
         size = decode_memory(problem, row.tile_m, row.tile_n, row.num_warps, row.stages).bytes
         tile = (row.tile_m, row.tile_n, row.num_warps, row.blocks_per_sm)
-        return Plan(kernel, *tile, size, loading_warps=0, stages=row.stages)
+        return [Plan(kernel, *tile, size, loading_warps=0, stages=row.stages)]
     way = loading_way(kernel, problem, arch)
-    hands_over = compute_capability(arch) >= 9  # else registers can't change hands, and one block has all of them
-    rows = TILES[kernel] if hands_over else COMMON_TILES
-    row = next(row for row in rows if row.serves(problem, way))
+    rows = TILES[kernel] if hands_over_registers(arch) else (*COMMON_TILES, *NARROW_TILES)
+    plans, least = [], None
+    for row in rows:
+        scores = row.tile_m * row.tile_n // row.num_warps
+        if row.serves(problem, way) and (least is None or scores < least):
+            plans.append(_plan_of(row, kernel, problem, way, arch))
+            least = scores
+    return plans
+
+
+def hands_over_registers(arch: str) -> bool:
+    """Else one block has all of them."""
+    return compute_capability(arch) >= 9
+
+
+def _plan_of(row: TileRow, kernel: str, problem: AttentionProblem, way: str, arch: str) -> Plan:
     tile = (row.tile_m, row.tile_n, row.num_warps, row.blocks_per_sm)
     plan = Plan(kernel, *tile, smem_bytes(problem, row), row.q_in_registers, stages=row.stages, way=way)
-    plan = replace(plan, copying_warps=FP8_COPYING_WARPS if way == "fp8" else row.copying_warps)
-    if not hands_over:
+    copying_warps = FP8_COPYING_WARPS if way == "fp8" else row.copying_warps
+    plan = replace(plan, copying_warps=copying_warps, note_bytes=note_bytes(problem))
+    if not hands_over_registers(arch):
         return replace(plan, blocks_per_sm=1)
     loading, matrix = REGISTERS[way, row.num_warps, row.tile_n]
     return replace(plan, loading_registers=loading, matrix_registers=matrix)
@@ -220,8 +264,12 @@ def choose(problem: AttentionProblem | CombineProblem, arch: str = "sm_120a") ->
     """
     if isinstance(problem, CombineProblem):
         return None
-    for attribute, (argument, neutral) in NOT_OFFERED.items():
-        if getattr(problem, attribute):
-            raise NotImplementedError(f"{argument}: expected {neutral}, got what no kernel offers yet")
+    return candidates(problem, arch)[0]
+
+
+def candidates(problem: AttentionProblem, arch: str = "sm_120a") -> list[Plan]:
+    """The chosen kernel's plans, the fastest first: what registers a function of the caller takes is known once it is
+    compiled, and the first plan that it leaves without a stack is to be taken."""
     kernel = next(name for name in ("forward_tma", "forward", "decode") if can_implement(name, problem, arch))
-    return plan_for(kernel, problem, arch)
+    plans = plans_for(kernel, problem, arch)
+    return plans if problem.modded else plans[:1]

@@ -6,19 +6,24 @@ Idea: Dao, FlashAttention-2 (2023); split keys: Dao et al., Flash-Decoding (2023
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 
 from flash_attn_sm120 import calls, checks
 from flash_attn_sm120.arguments import Modifiers
+from flash_attn_sm120.block_sparse import BlockSparseTensors
 from flash_attn_sm120.calls import Call, Options, Tensors
+from flash_attn_sm120.changes import Changes, changes_of, kernel_fields
+from flash_attn_sm120.changes import signature as change_signature
 from flash_attn_sm120.checks_serving import check_num_splits, check_q_descale, one_of
 from flash_attn_sm120.dispatch import use_decode
 from flash_attn_sm120.prepare import check_values, prepare
 from flash_attn_sm120.scheduling import SchedulerMetadata, splits_of
 from flash_attn_sm120.strides import aligned, aligned_pool, target_for
 from flash_attn_sm120.workspace import partials
+
 
 NO_TENSORS = (None,) * len(Tensors._fields)
 NO_MODIFIERS = Modifiers()
@@ -49,8 +54,16 @@ def flash_attn_func(
     cp_world_size: int = 1,
     cp_rank: int = 0,
     cp_tot_seqused_k: torch.Tensor | None = None,
+    dropout_p: float = 0.0,
+    dropout_seed: int | torch.Tensor | None = None,
+    score_mod: Callable | None = None,
+    mask_mod: Callable | None = None,
+    aux_tensors: Sequence[torch.Tensor] | None = None,
+    aux_scalars: Sequence[int | float] | None = None,
+    block_sparse_tensors: BlockSparseTensors | None = None,
     out: torch.Tensor | None = None,
     return_lse: bool = False,
+    return_rng_state: bool = False,
     **later: Any,
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
     """softmax(q @ k^T * softmax_scale) @ v for each head. Forward only.
@@ -85,11 +98,29 @@ def flash_attn_func(
     cp_world_size, cp_rank, cp_tot_seqused_k: context parallel. k and v hold every cp_world_size-th key of a sequence,
         from key cp_rank on, of cp_tot_seqused_k, int32 (batch,); masks and slopes count positions over all ranks. The
         results of all ranks go to flash_attn_combine.
+    dropout_p: from 0 to below 1, rounded to a multiple of 2^-15: the chance that a weight is dropped after the softmax;
+        the others are multiplied by 1 / (1 - dropout_p), lse is without dropout.
+    dropout_seed: an int from 0 to 2^64 - 1, or int64 of shape (2,) on the GPU with its low and high 32 bits, which a
+        replayed graph reads anew; None draws one from PyTorch's generator. What is dropped follows from it, the batch
+        entry, head, row and column alone: flash_attn_sm120.dropout_mask. Source: Salmon et al., Philox (2011).
+    score_mod: score_mod(score, batch, head, q_idx, kv_idx, seqlen_info, aux_tensors) -> score, of scores after the
+        scale; mask_mod(batch, head, q_idx, kv_idx, seqlen_info, aux_tensors) -> whether the row sees the column, beside
+        causal and window_size. Functions for CuTe DSL, most often @cute.jit: score is a Float32 TensorSSA, batch to
+        kv_idx are Int32 ones, of as many elements as the function's attribute __vec_size__ says (1 without), all of one
+        row, columns in neighbouring pairs; seqlen_info has seqlen_q, seqlen_k, offset_q and offset_k (first rows in
+        packed tensors). Compiled once for the same code. Ready-made: flash_attn_sm120.mods. Source: FlexAttention (2024).
+    aux_tensors, aux_scalars: what mods get as aux_tensors: tensors of any dtype and strides, then Int32 or Float32. q_idx
+        and kv_idx are places that exist.
+    block_sparse_tensors: a BlockSparseTensors, which blocks of rows and columns are computed; mask_mod is asked in the
+        blocks of its mask list alone. Rows without a block are 0, their lse -inf.
     out: (batch, seqlen_q, heads, head_dim_v), written in place and returned.
     return_lse: also return the natural log of each row's sum of exponentials.
+    return_rng_state: also return dropout's seed, (2,) int64 on the GPU, or None without dropout.
     later: deterministic (this forward always is) and pack_gqa (forced off: it would change the speed, not the result)
-        are accepted. dropout_p, score_mod, mask_mod, aux_tensors, block_sparse_tensors and return_attn_probs are
-        accepted at their neutral value only.
+        are accepted, return_attn_probs at its neutral value only.
+
+    dropout, mods and block_sparse_tensors don't go with num_splits > 1 and context parallel; score_mod not with softcap
+    and alibi_slopes, which there are mods for; block_sparse_tensors not with float8.
 
     Returns out, or (out, lse) with lse (batch, heads, seqlen_q) float32. A row that sees nothing is 0, its lse the
     sink, or -inf without one.
@@ -120,7 +151,12 @@ def flash_attn_func(
         softmax_scale, causal, window_size, softcap, return_lse, num_splits,
         attention_chunk, cp_world_size, cp_rank, None, None,
     )  # fmt: skip
-    return _forward(q, k, v, tensors, options, out)
+    changes = None
+    if dropout_p or not (score_mod is mask_mod is aux_tensors is aux_scalars is block_sparse_tensors is None):
+        given = (dropout_p, dropout_seed, score_mod, mask_mod, aux_tensors, aux_scalars, block_sparse_tensors)
+        changes = changes_of(q, *given)
+    result = _forward(q, k, v, tensors, options, out, changes=changes)
+    return _with_rng_state(result, changes) if return_rng_state else result
 
 
 def flash_attn_varlen_func(
@@ -152,8 +188,16 @@ def flash_attn_varlen_func(
     cp_world_size: int = 1,
     cp_rank: int = 0,
     cp_tot_seqused_k: torch.Tensor | None = None,
+    dropout_p: float = 0.0,
+    dropout_seed: int | torch.Tensor | None = None,
+    score_mod: Callable | None = None,
+    mask_mod: Callable | None = None,
+    aux_tensors: Sequence[torch.Tensor] | None = None,
+    aux_scalars: Sequence[int | float] | None = None,
+    block_sparse_tensors: BlockSparseTensors | None = None,
     out: torch.Tensor | None = None,
     return_lse: bool = False,
+    return_rng_state: bool = False,
     **later: Any,
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
     """flash_attn_func for sequences of different lengths: packed one behind the other, padded, or keys in pages.
@@ -205,7 +249,17 @@ def flash_attn_varlen_func(
         softmax_scale, causal, window_size, softcap, return_lse, num_splits,
         attention_chunk, cp_world_size, cp_rank, *most,
     )  # fmt: skip
-    return _forward(q, k, v, tensors, options, out, max_seqlen_q, max_seqlen_k)
+    changes = None
+    if dropout_p or not (score_mod is mask_mod is aux_tensors is aux_scalars is block_sparse_tensors is None):
+        given = (dropout_p, dropout_seed, score_mod, mask_mod, aux_tensors, aux_scalars, block_sparse_tensors)
+        changes = changes_of(q, *given)
+    result = _forward(q, k, v, tensors, options, out, max_seqlen_q, max_seqlen_k, changes)
+    return _with_rng_state(result, changes) if return_rng_state else result
+
+
+def _with_rng_state(result: Any, changes: Changes | None) -> tuple:
+    state = None if changes is None else changes.dropout_seed
+    return (*result, state) if isinstance(result, tuple) else (result, state)
 
 
 def _forward(
@@ -217,6 +271,7 @@ def _forward(
     out: torch.Tensor | None,
     max_seqlen_q: int | None = None,
     max_seqlen_k: int | None = None,
+    changes: Changes | None = None,
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
     """tensors and options: the fields of calls.Tensors and calls.Options; plain tuples are made in less time."""
     try:
@@ -225,20 +280,20 @@ def _forward(
             q.shape, q.stride(), q.dtype, q.get_device(), k.shape, k.stride(), k.dtype, k.get_device(),
             v.shape, v.stride(), v.dtype, v.get_device(), signature(out),
             tensors if tensors is NO_TENSORS else tuple(map(signature, tensors)),
-            options, options[1].__class__, options[4].__class__,
+            options, options[1].__class__, options[4].__class__, changes and change_signature(changes),
         )  # fmt: skip
         call = calls.known.get(key)
     except (AttributeError, TypeError):
         key = call = None
     if call is None:
-        call = prepare(q, k, v, Tensors(*tensors), Options(*options), out)
+        call = prepare(q, k, v, Tensors(*tensors), Options(*options), out, changes)
         if key is not None:
             calls.remember(key, call)
     if q.requires_grad or k.requires_grad or v.requires_grad or (out is not None and out.requires_grad):
         checks.check_forward_only({"q": q, "k": k, "v": v, "out": out})
         q, k, v = q.detach(), k.detach(), v.detach()
-    if checks.VALUE_CHECKS and tensors is not NO_TENSORS:
-        check_values(q, k, Tensors(*tensors), call, max_seqlen_q, max_seqlen_k)
+    if checks.VALUE_CHECKS and not (tensors is NO_TENSORS and changes is None):
+        check_values(q, k, Tensors(*tensors), call, max_seqlen_q, max_seqlen_k, changes)
 
     result = q.new_empty(call.out_shape) if out is None else out
     lse = q.new_empty(call.lse_shape, dtype=torch.float32) if call.lse_shape is not None else None
@@ -250,9 +305,9 @@ def _forward(
             k, v = (aligned(k), aligned(v)) if tensors[4] is None else (aligned_pool("k", k), aligned_pool("v", v))
         if call.device_index is not None and call.device_index != torch.cuda.current_device():
             with torch.cuda.device(call.device_index):
-                _launch(call, q, k, v, target, lse, tensors)
+                _launch(call, q, k, v, target, lse, tensors, changes)
         else:
-            _launch(call, q, k, v, target, lse, tensors)
+            _launch(call, q, k, v, target, lse, tensors, changes)
         if out is not None and target.data_ptr() != out.data_ptr():
             out.detach().copy_(target)
     return (result, lse) if lse is not None else result
@@ -266,13 +321,16 @@ def _launch(
     out: torch.Tensor,
     lse: torch.Tensor | None,
     tensors: tuple,
+    changes: Changes | None,
 ) -> None:
     """On tensors that kernels can follow. tensors: as in _forward."""
     lengths, modifiers = tensors[:6], NO_MODIFIERS
     if lengths[5] is not None and not call.context_parallel:
         lengths = (*lengths[:5], None)
     if call.modifiers is not None:
-        modifiers = (*[way(given) for way, given in zip(call.modifiers, tensors[6:], strict=True)], None)
+        modifiers = (*[way(given) for way, given in zip(call.modifiers, tensors[6:], strict=True)], None, None, ())
+    if changes is not None:
+        modifiers = (*modifiers[:4], *kernel_fields(changes, call.batch, call.heads, q.device))
     if not call.num_splits:
         call.launcher(q, k, v, out, lse, lengths, modifiers, call.numbers)
         return

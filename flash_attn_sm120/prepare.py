@@ -10,6 +10,7 @@ import torch
 from flash_attn_sm120 import checks, checks_serving, dispatch, launchers
 from flash_attn_sm120.arguments import Numbers
 from flash_attn_sm120.calls import Call, Options, Tensors
+from flash_attn_sm120.changes import Changes, check_beside, check_blocks, check_change_values, problem_fields
 from flash_attn_sm120.modifiers import constant_way, nothing, way_of
 from flash_attn_sm120.problem import AttentionProblem
 from flash_attn_sm120.splits import Splits, choose_splits
@@ -17,13 +18,21 @@ from flash_attn_sm120.strides import has_tma_strides, has_whole_strides, reach
 
 
 def prepare(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, tensors: Tensors, options: Options, out: torch.Tensor | None
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    tensors: Tensors,
+    options: Options,
+    out: torch.Tensor | None,
+    changes: Changes | None = None,
 ) -> Call:
     """Raises as flash_attn_func does."""
     batch = _check_forms(q, k, v, tensors, out)
     mask, numbers, v_scale = _check_options(q, k, tensors, options, batch)
     num_splits = checks_serving.check_num_splits(options.num_splits)
     problem = _problem(q, k, v, tensors, options.return_lse, mask, numbers, v_scale)
+    if changes is not None:
+        problem = _changed(problem, changes, q, k, tensors, options, num_splits, batch)
     problem, cut = _with_decode(problem, num_splits, q, k, tensors, options, numbers, batch)
     if problem.paged and not (
         problem.decode or problem.kv_dtype
@@ -55,13 +64,44 @@ def prepare(
         lse_rows=lse_shape,
         tickets=cut.tickets,
         slots=cut.slots,
+        batch=batch,
+        heads=heads,
     )
 
 
+def _changed(
+    problem: AttentionProblem,
+    changes: Changes,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    tensors: Tensors,
+    options: Options,
+    num_splits: int,
+    batch: int,
+) -> AttentionProblem:
+    """The problem with what changes it."""
+    check_beside(
+        changes, num_splits, options.cp_world_size, bool(problem.kv_dtype), problem.softcap, problem.alibi
+    )
+    packed = problem.packed_q
+    rows = (options.max_seqlen_q or 0) if packed else q.shape[1]
+    keys = _most_keys(k, tensors, options)
+    check_blocks(changes, batch, q.shape[-2], rows, keys, q.device, exact=not problem.varlen)
+    return replace(problem, **problem_fields(changes))
+
+
 def check_values(
-    q: torch.Tensor, k: torch.Tensor, tensors: Tensors, call: Call, max_seqlen_q: int | None, max_seqlen_k: int | None
+    q: torch.Tensor,
+    k: torch.Tensor,
+    tensors: Tensors,
+    call: Call,
+    max_seqlen_q: int | None,
+    max_seqlen_k: int | None,
+    changes: Changes | None = None,
 ) -> None:
     """What the tensors of a call that is right in form contain; waits for the device."""
+    if changes is not None:
+        check_change_values(changes, _room(k, tensors))
     table, used = tensors.page_table, tensors.seqused_k
     checks.check_length_values("q", q, tensors.cu_seqlens_q, tensors.seqused_q, max_seqlen_q)
     capacity = None if table is None else table.shape[1] * k.shape[1]
@@ -97,11 +137,15 @@ def _check_forms(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, tensors: Ten
 
 def _most_keys(k: torch.Tensor, tensors: Tensors, options: Options) -> int:
     """The most keys that a sequence can have."""
-    if tensors.page_table is not None:
-        room = tensors.page_table.shape[1] * k.shape[1]
-    else:
-        room = k.shape[0 if tensors.cu_seqlens_k is not None else 1]
+    room = _room(k, tensors)
     return room if options.max_seqlen_k is None else min(room, options.max_seqlen_k)
+
+
+def _room(k: torch.Tensor, tensors: Tensors) -> int:
+    """Keys that a sequence has room for."""
+    if tensors.page_table is not None:
+        return tensors.page_table.shape[1] * k.shape[1]
+    return k.shape[0 if tensors.cu_seqlens_k is not None else 1]
 
 
 def _check_options(
@@ -168,7 +212,8 @@ def _with_decode(
 ) -> tuple[AttentionProblem, Splits]:
     """The decode kernel's problem where that is to be taken, and its parts; else the problem as it is."""
     rows = options.max_seqlen_q if problem.packed_q else q.shape[1]
-    if not dispatch.use_decode(rows, num_splits):
+    changed = any(getattr(problem, name) for name in dispatch.CHANGES)
+    if changed or not dispatch.use_decode(rows, num_splits):
         return problem, Splits(1)
     decode = replace(problem, decode=True)
     rows = q.shape[0] if rows is None else rows

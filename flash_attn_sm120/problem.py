@@ -9,6 +9,7 @@ MAX_HEAD_DIM = 256
 DTYPES = ("bfloat16", "float16")
 FP8_DTYPES = ("float8_e4m3fn", "float8_e5m2")
 MASKS = ("full", "causal", "local")
+SPARSE_UNIT = 64  # rows and columns of a sparse block are multiples of it
 ELEMENT_BYTES = 2  # of q, out and all that the matrix instructions read
 
 
@@ -53,7 +54,10 @@ class AttentionProblem:
     context_parallel: k and v hold every cp_world_size-th token, from cp_rank on, of cp_tot_seqused_k.
     decode: few rows a sequence; the query heads of one KV head are rows of one tile.
     split: blocks of the decode kernel take a part of the keys each, and their float32 results are combined.
-    block_sparse, dropout: blocks left out by a list, weights dropped at random.
+    dropout: weights are dropped at random.
+    score_mod, mask_mod: functions of the caller that change scores, and that say which stay.
+    aux: (dtype, rank) of each tensor that they read, with rank -1 for numbers ("int32" or "float32"), which stand last.
+    sparse_block: (rows, columns) of a block of the lists that say which are computed; () without lists.
     """
 
     dtype: str
@@ -77,8 +81,11 @@ class AttentionProblem:
     context_parallel: bool = False
     decode: bool = False
     split: bool = False
-    block_sparse: bool = False
     dropout: bool = False
+    score_mod: Mod | None = None
+    mask_mod: Mod | None = None
+    aux: tuple[tuple[str, int], ...] = ()
+    sparse_block: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         if self.dtype not in DTYPES:
@@ -95,6 +102,8 @@ class AttentionProblem:
             value = getattr(self, name)
             if value % 8 or not 8 <= value <= MAX_HEAD_DIM:
                 raise ValueError(f"{name}: expected a multiple of 8 from 8 to {MAX_HEAD_DIM}, got {value}")
+        if self.sparse_block and any(size % SPARSE_UNIT or size <= 0 for size in self.sparse_block):
+            raise ValueError(f"sparse_block: expected multiples of {SPARSE_UNIT}, got {self.sparse_block}")
         if self.split and not self.decode:
             raise ValueError("split: expected False where decode is, got True")
 
@@ -102,6 +111,16 @@ class AttentionProblem:
     def paged(self) -> bool:
         """k and v are pools with a page table."""
         return self.page_size > 0
+
+    @property
+    def block_sparse(self) -> bool:
+        """Lists say which blocks are computed."""
+        return bool(self.sparse_block)
+
+    @property
+    def modded(self) -> bool:
+        """A function of the caller is part of the kernel."""
+        return self.score_mod is not None or self.mask_mod is not None
 
     @property
     def varlen(self) -> bool:

@@ -8,11 +8,17 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
+
+from flash_attn_sm120.dropout import kept, seed_words
+
+if TYPE_CHECKING:
+    from flash_attn_sm120.block_sparse import BlockSparseTensors
 
 SCORES_AT_ONCE = 1 << 26  # scores held at a time, so that long sequences fit: 256 MB in float32
 
@@ -29,6 +35,11 @@ class Options:
     cp_world_size: int
     cp_rank: int
     dtype: torch.dtype
+    score_mod: Callable | None = None
+    mask_mod: Callable | None = None
+    aux: tuple = ()
+    dropout_p: float = 0.0
+    dropout_key: tuple[int, int] = (0, 0)
 
     @property
     def masked(self) -> bool:
@@ -48,6 +59,23 @@ class Factors:
         """Those of some heads."""
         own = (self.k_descale, self.v_descale, self.sink, self.slopes)
         return Factors(*(None if factor is None else factor[heads] for factor in own))
+
+
+class SeqlenInfo(NamedTuple):
+    """What mods are told of a sequence. offset_q, offset_k: its first row in a packed tensor, 0 otherwise."""
+
+    seqlen_q: int
+    seqlen_k: int
+    offset_q: int
+    offset_k: int
+
+
+@dataclass(frozen=True)
+class Blocks:
+    """Which places of a sequence lists name: (heads, seqlen_q, seqlen_k), and those that mask_mod is asked about."""
+
+    listed: torch.Tensor
+    asked: torch.Tensor
 
 
 def attention(
@@ -72,12 +100,21 @@ def attention(
     cp_world_size: int = 1,
     cp_rank: int = 0,
     cp_tot_seqused_k: torch.Tensor | None = None,
+    dropout_p: float = 0.0,
+    dropout_seed: int | torch.Tensor | None = None,
+    score_mod: Callable | None = None,
+    mask_mod: Callable | None = None,
+    aux_tensors: Sequence[torch.Tensor] | None = None,
+    aux_scalars: Sequence[int | float] | None = None,
+    block_sparse_tensors: BlockSparseTensors | None = None,
     dtype: torch.dtype | None = torch.float32,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """(out, lse) for the arguments of flash_attn_func and flash_attn_varlen_func, with their meaning.
 
     q (batch, seqlen_q, heads, head_dim), or (total_q, heads, head_dim) with cu_seqlens_q; k and v likewise, or pools
         (num_pages, page_size, heads_kv, head_dim) with page_table (batch, pages) and seqused_k.
+    score_mod, mask_mod: PyTorch functions with the arguments of the kernels' (batch (), head (heads, 1, 1), q_idx
+        (rows, 1), kv_idx (1, seqlen_k)), or the kernels' with such ones as attribute in_torch.
     dtype: of the products and the softmax; None: that of q. out has it too; lse is float32, (batch, heads, seqlen_q) or
         (heads, total_q).
     Rows that see nothing are 0, their lse the sink, or -inf without one. Rows beyond seqused_q and rows that no
@@ -87,7 +124,11 @@ def attention(
     left, right = (None if side in (None, -1) else side for side in window_size or (-1, -1))
     scale = 1.0 / math.sqrt(q.shape[-1]) if softmax_scale is None else softmax_scale
     right = 0 if causal else right
-    options = Options(scale, left, right, softcap or 0.0, attention_chunk, cp_world_size, cp_rank, dtype)
+    options = Options(
+        scale, left, right, softcap or 0.0, attention_chunk, cp_world_size, cp_rank, dtype,
+        *(getattr(mod, "in_torch", mod) for mod in (score_mod, mask_mod)), (*(aux_tensors or ()), *(aux_scalars or ())),
+        dropout_p, seed_words(dropout_seed) if dropout_p else (0, 0),
+    )  # fmt: skip
     heads, heads_kv = q.shape[-2], k.shape[-2]
     out = torch.zeros((*q.shape[:-1], v.shape[-1]), dtype=dtype, device=q.device)
     lse_shape = (heads, q.shape[0]) if cu_seqlens_q is not None else (q.shape[0], heads, q.shape[1])
@@ -108,8 +149,11 @@ def attention(
             if q_b.shape[0] == 0 or (k_b.shape[0] == 0 and learnable_sink is None):
                 continue
             total = k_b.shape[0] if cp_tot_seqused_k is None else int(cp_tot_seqused_k[b])
+            starts = [0 if cu_seqlens is None else int(cu_seqlens[b]) for cu_seqlens in (cu_seqlens_q, cu_seqlens_k)]
+            info = SeqlenInfo(q_b.shape[0], k_b.shape[0], *starts)
+            blocks = _blocks(block_sparse_tensors, b, heads, info) if block_sparse_tensors is not None else None
             lse_b = lse[:, index_q] if cu_seqlens_q is not None else lse[index_q[0]][:, index_q[1]]
-            _one_sequence(q_b, k_b, v_b, out[index_q], lse_b, total, factors, options)
+            _one_sequence(q_b, k_b, v_b, out[index_q], lse_b, total, factors, options, b, info, blocks)
     return out, lse
 
 
@@ -181,6 +225,9 @@ def _one_sequence(
     total: int,
     factors: Factors,
     options: Options,
+    batch: int,
+    info: SeqlenInfo,
+    blocks: Blocks | None,
 ) -> None:
     """q (seqlen_q, heads, d), k, v (seqlen_k, heads_kv, d or d_v); fills out (seqlen_q, heads, d_v) and its lse.
 
@@ -201,9 +248,61 @@ def _one_sequence(
             queries = q[rows, own].to(options.dtype).transpose(0, 1)
             diagonal = torch.arange(rows.start, rows.stop, device=q.device)[:, None] + (total - seqlen_q)
             column = torch.arange(seqlen_k, device=q.device)[None, :] * options.cp_world_size + options.cp_rank
-            o, log_sum = _rows(queries, keys, values, diagonal, column, factors.of(own), options)
+            changes = _Changes(options, batch, own, rows, info, blocks, q.device)
+            o, log_sum = _rows(queries, keys, values, diagonal, column, factors.of(own), options, changes)
             out[rows, own] = o.transpose(0, 1)
             lse[own, rows] = log_sum
+
+
+def _blocks(sparse: BlockSparseTensors, batch: int, heads: int, info: SeqlenInfo) -> Blocks:
+    """Of one sequence."""
+    listed, asked = sparse.to_dense(info.seqlen_q, info.seqlen_k)
+    return Blocks(*(places[batch % places.shape[0]].expand(heads, -1, -1) for places in (listed, asked)))
+
+
+@dataclass(frozen=True)
+class _Changes:
+    """Mods, lists and dropout of some heads and rows of a sequence."""
+
+    options: Options
+    batch: int
+    heads: slice
+    rows: slice
+    info: SeqlenInfo
+    blocks: Blocks | None
+    device: torch.device
+
+    def _places(self) -> tuple[torch.Tensor, ...]:
+        """What mods get between the score and seqlen_info."""
+        sizes = (self.heads, self.rows, slice(0, self.info.seqlen_k))
+        head, row, column = (torch.arange(part.start, part.stop, device=self.device) for part in sizes)
+        return torch.tensor(self.batch, device=self.device), head[:, None, None], row[:, None], column[None, :]
+
+    def of_scores(self, scores: torch.Tensor) -> torch.Tensor:
+        if self.options.score_mod is None:
+            return scores
+        return self.options.score_mod(scores, *self._places(), self.info, self.options.aux).to(scores.dtype)
+
+    def of_visible(self, visible: torch.Tensor | None) -> torch.Tensor | None:
+        """visible: (rows, seqlen_k) or None; the result may have heads as well."""
+        found = []
+        if self.options.mask_mod is not None:
+            found.append(self.options.mask_mod(*self._places(), self.info, self.options.aux).bool())
+        if self.blocks is not None:
+            listed, asked = (places[self.heads, self.rows] for places in (self.blocks.listed, self.blocks.asked))
+            found = [listed & (~asked | mask) for mask in found] or [listed]
+        for mask in found:
+            visible = mask if visible is None else visible & mask
+        return visible
+
+    def of_weights(self, weights: torch.Tensor) -> torch.Tensor:
+        p = self.options.dropout_p
+        if not p:
+            return weights
+        batches, heads, rows = (range(self.batch, self.batch + 1), range(self.heads.start, self.heads.stop),
+                                range(self.rows.start, self.rows.stop))
+        keep = kept(batches, heads, rows, self.info.seqlen_k, p, self.options.dropout_key, self.device)[0]
+        return torch.where(keep, weights / (1.0 - p), 0.0)
 
 
 def _visible(diagonal: torch.Tensor, column: torch.Tensor, options: Options) -> torch.Tensor | None:
@@ -230,6 +329,7 @@ def _rows(
     column: torch.Tensor,
     factors: Factors,
     options: Options,
+    changes: _Changes,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """q (heads, rows, d), k (heads, d, seqlen_k), v (heads, seqlen_k, d_v) -> out (heads, rows, d_v) and its lse.
 
@@ -243,7 +343,8 @@ def _rows(
         scores = torch.tanh(scores / options.softcap) * options.softcap
     if factors.slopes is not None:
         scores -= factors.slopes[:, None, None] * (diagonal - column).abs()
-    visible = _visible(diagonal, column, options)
+    scores = changes.of_scores(scores)
+    visible = changes.of_visible(_visible(diagonal, column, options))
     if visible is not None:
         scores.masked_fill_(~visible, -math.inf)
     if factors.sink is not None:
@@ -254,7 +355,7 @@ def _rows(
     if visible is not None:
         # A row without a column is 0 / 0 to softmax, and 0 to us.
         weights = weights.masked_fill(~visible.any(-1, keepdim=True), 0.0)
-    out = weights @ v
+    out = changes.of_weights(weights) @ v
     if factors.v_descale is not None:
         out *= factors.v_descale[:, None, None]
     return out, lse

@@ -67,6 +67,21 @@ class CpAsyncLoader(QueryLoader):
         self.keys.load_v(stage.shared + self.config.offset_v, n, self.keys.held())
         cute.arch.cp_async_mbarrier_arrive_noinc(stage.bars["v_full"])
 
+    def start_list(self, n: Int32) -> None:
+        """n: the first listed tile."""
+        page = self.keys.page_number(n)
+        self.keys.hold(page, page)
+
+    def load_listed(self, n: Int32, following: Int32, stage: Stage) -> None:
+        """K and V of tile n, each of which may go beyond the sequence; `following` comes next."""
+        page = self.keys.turn(following)
+        stage.wait_for_k_room()
+        self.keys.load_k(stage.shared + self.config.offset_k, n, page)
+        cute.arch.cp_async_mbarrier_arrive_noinc(stage.bars["k_full"])
+        stage.wait_for_v_room()
+        self.keys.load_v(stage.shared + self.config.offset_v, n, page)
+        cute.arch.cp_async_mbarrier_arrive_noinc(stage.bars["v_full"])
+
     def load_k(self, n: Int32, stage: Stage) -> None:
         page = self.keys.turn(n - 1)
         self.keys.load_whole(self.keys.k, stage.shared + self.config.offset_k, n, page, stage.wait_for_k_room)

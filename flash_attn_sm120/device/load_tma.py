@@ -27,6 +27,15 @@ def rows_first(tensor: cute.Tensor) -> cute.Tensor:
     return cute.make_tensor(tensor.iterator, cute.select(tensor.layout, [1, 3, 2, 0]))
 
 
+def tile_maps(tensors: tuple, layouts: tuple) -> tuple:
+    """On the host: atom and coordinate tensor of each tensor (batch, seqlen, heads, d), whose tiles have `layouts`."""
+    op, maps = cpasync.CopyBulkTensorTileG2SOp(), []
+    for tensor, layout in zip(tensors, layouts, strict=True):
+        box = (layout.rows, layout.chunk_cols)
+        maps += [*cpasync.make_tiled_tma_atom(op, rows_first(tensor), chunk_layout(layout), box)]
+    return tuple(maps)
+
+
 def aligned(shared: Int32) -> cute.Pointer:
     """To a place in shared memory that a swizzle may start at."""
     return cute.make_ptr(cutlass.Uint8, shared, cute.AddressSpace.smem, assumed_align=1024)
@@ -78,6 +87,13 @@ class TmaLoader:
     def begin(self, blocks: BlockRange, stage: Stage) -> None:
         self._load(self.k, blocks.end - 1, stage, "k_full")
         self._load(self.v, blocks.end - 1, stage, "v_full")
+
+    def start_list(self, n: Int32) -> None:
+        """Nothing is to be known of the first listed tile."""
+
+    def load_listed(self, n: Int32, following: Int32, stage: Stage) -> None:
+        self.load_k(n, stage)
+        self.load_v(n, stage)
 
     def load_q(self, barrier: cute.Pointer) -> None:
         self.q.load(self.shared, self.tile.head, self.tile.batch, self.tile.m_block, barrier)

@@ -15,12 +15,14 @@ from cutlass import Float32, Int32, Int64, cute
 from flash_attn_sm120.arguments import Modifiers, Numbers
 from flash_attn_sm120.device.alibi import add_alibi
 from flash_attn_sm120.device.block_range import BlockRange
+from flash_attn_sm120.device.dropout import Dropper
 from flash_attn_sm120.device.epilogue import stage_output, store_lse, store_output
 from flash_attn_sm120.device.fp8 import rows_to_f16
 from flash_attn_sm120.device.fragments import accumulators
 from flash_attn_sm120.device.gemm import pv_product, qk_product
 from flash_attn_sm120.device.mask import apply_bounds, apply_mask
-from flash_attn_sm120.device.ptx import lane_anew, mbarrier_arrive_after, thread_anew
+from flash_attn_sm120.device.mods import Place, SeqlenInfo, apply_mask_mod, apply_score_mod
+from flash_attn_sm120.device.ptx import lane_anew, load_shared_v4, mbarrier_arrive_after, thread_anew
 from flash_attn_sm120.device.scheduler import (
     Positions,
     Tile,
@@ -28,12 +30,14 @@ from flash_attn_sm120.device.scheduler import (
     read_blocks,
     read_positions,
     read_tile_note,
+    write_second_note,
     write_tile_note,
 )
 from flash_attn_sm120.device.seqlen import Sequence, head_address
 from flash_attn_sm120.device.softmax import OnlineSoftmax, apply_softcap
 from flash_attn_sm120.device.stage import Stage, stage_of
 from flash_attn_sm120.device.visible import is_band, visible_columns
+from flash_attn_sm120.dispatch import TILE_NOTE_BYTES
 
 Q_COLUMNS_KEPT = 240  # in registers, where Q is; head_dim 256 leaves none for the rest
 ROOMY = 180  # registers of a thread for O, S and Q that leave room for more
@@ -48,16 +52,16 @@ class ForwardTile:
         config,
         tile: Tile,
         seq_q: Sequence,
-        seqlen_k: Int32,
+        seq_k: Sequence,
         total_k: Int32,
         modifiers: Modifiers,
         numbers: Numbers,
         heads_per_kv: Int32,
     ):
-        """seqlen_k: keys; total_k: those of all context-parallel ranks. numbers: in base 2, softmax_scale with
-        k_descale in it."""
+        """total_k: keys of all context-parallel ranks. numbers: as in_base_2 gives them, softmax_scale with k_descale in
+        it."""
         self.config, self.tile, self.modifiers, self.numbers = config, tile, modifiers, numbers
-        self.seq_q, self.seqlen_k, self.total_k, self.heads_per_kv = seq_q, seqlen_k, total_k, heads_per_kv
+        self.seq_q, self.seq_k, self.total_k, self.heads_per_kv = seq_q, seq_k, total_k, heads_per_kv
         problem, plan = config.problem, config.plan
         self.thread, _, _ = cute.arch.thread_idx()
         self.lane = cute.arch.lane_idx()
@@ -73,6 +77,7 @@ class ForwardTile:
         self.warp_row = self.warp * config.warp_rows
         self.q_rows = self.shared + self.warp_row * config.layout_q.row_bytes
         self.note = self.shared + plan.note_offset
+        self.second_note = self.note + TILE_NOTE_BYTES
 
         m_frags = config.warp_rows // 16
         self.scales = [numbers.softmax_scale] * (2 * m_frags)  # of the thread's rows, 8 apart
@@ -83,15 +88,30 @@ class ForwardTile:
 
     def softmax_scales(self) -> list[Float32]:
         """What softmax multiplies scores by: 1 where they have got their scale before."""
-        scaled = self.config.problem.softcap or self.config.problem.alibi
-        return [Float32(1.0)] * len(self.scales) if scaled else self.scales
+        problem = self.config.problem
+        if problem.score_mod is not None:
+            return [Float32(math.log2(math.e))] * len(self.scales)
+        return [Float32(1.0)] * len(self.scales) if problem.softcap or problem.alibi else self.scales
 
     def stage(self, i: int | Int32) -> Stage:
         """Of the i-th block."""
         return stage_of(i, self.config.plan.stages, self.config.stage_bytes, self.shared, self.q_full + 1)
 
     def write_note(self, blocks: BlockRange) -> None:
-        write_tile_note(self.note, self.first_row, self.tile, self.seq_q, self.seqlen_k, self.total_k, blocks)
+        write_tile_note(self.note, self.first_row, self.tile, self.seq_q, self.seq_k.length, self.total_k, blocks)
+        if self.config.plan.note_bytes > TILE_NOTE_BYTES:
+            write_second_note(self.second_note, self.seq_k.start, self.drop_words(), self.listed())
+
+    def drop_words(self) -> tuple[Int32, Int32, Int32]:
+        """Key and thresholds of the Dropper."""
+        if not self.config.problem.dropout:
+            return (Int32(0),) * 3
+        seed, threshold, _ = self.modifiers.dropout
+        return Int32(seed[0]), Int32(seed[1]), threshold * 0x10001
+
+    def listed(self) -> tuple[Int32, Int32, Int64, Int64]:
+        """No lists; see SparseTile."""
+        return Int32(0), Int32(0), Int64(0), Int64(0)
 
     def run(self, loader, blocks: BlockRange, mO: cute.Tensor, mLSE: cute.Tensor | None) -> None:
         """The whole tile; loader: a TmaLoader, a CpAsyncLoader or an Fp8Loader."""
@@ -130,12 +150,17 @@ class ForwardTile:
             if cutlass.const_expr(self.loader.warps > 1):
                 cute.arch.barrier(barrier_id=COPYING_BARRIER, number_of_threads=32 * self.loader.warps)
             self.loader.load_q(self.q_full)
-            if cutlass.const_expr(self.loader.starts_early):
+            if cutlass.const_expr(self.starts_early):
                 if blocks.begin < blocks.end:
                     self.loader.begin(blocks, self.stage(0))
         if self.thread == 0:
             self.write_note(blocks)
         cute.arch.sync_threads()
+
+    @property
+    def starts_early(self) -> bool:
+        """Whether the first block is asked for before the thread block's warps have met."""
+        return self.loader.starts_early
 
     def copies(self) -> cutlass.Boolean:
         """Whether the warp is one of those that copy."""
@@ -147,10 +172,10 @@ class ForwardTile:
     @cute.jit
     def feed(self, blocks: BlockRange):
         """A loading warp: each tile of K and V as soon as there is room for it."""
-        if cutlass.const_expr(not self.loader.starts_early):
+        if cutlass.const_expr(not self.starts_early):
             if blocks.begin < blocks.end:
                 self.loader.begin(blocks, self.stage(0))
-        for i in cutlass.range(1 if self.loader.starts_early else 0, blocks.end - blocks.begin, unroll=1):
+        for i in cutlass.range(1 if self.starts_early else 0, blocks.end - blocks.begin, unroll=1):
             n, stage = blocks.end - 1 - i, self.stage(i)
             self.loader.load_k(n, stage)
             self.loader.load_v(n, stage)
@@ -159,12 +184,7 @@ class ForwardTile:
     def multiply(self):
         """A matrix warp: the main loop on what the loading warp brings. The range of blocks is read from memory each
         time, as no register is to hold it through the products."""
-        cute.arch.mbarrier_wait(self.q_full, 0)
-        if cutlass.const_expr(self.config.q_to_f16):
-            self.convert_q()
-        self.softmax.start(self.softmax_scales())
-        self.slope = self.load_slope() if self.config.problem.alibi else None
-        self.tSrQ = self.keep_q() if self.config.plan.q_in_registers else {}
+        self.start_multiplying()
         i, count = Int32(0), read_block_count(self.note)
         while i < self.count_anew(count):
             blocks, stage = read_blocks(self.note), self.stage(i)
@@ -178,7 +198,20 @@ class ForwardTile:
             else:
                 self.block(n, i, False)
             i = i + 1
-        if cutlass.const_expr(self.config.layout_o != self.config.layout_q):  # else O takes the place of the warp's Q
+        self.stop_multiplying()
+
+    def start_multiplying(self) -> None:
+        """Waits for Q."""
+        cute.arch.mbarrier_wait(self.q_full, 0)
+        if self.config.q_to_f16:
+            self.convert_q()
+        self.softmax.start(self.softmax_scales())
+        self.slope = self.load_slope() if self.config.problem.alibi else None
+        self.tSrQ = self.keep_q() if self.config.plan.q_in_registers else {}
+
+    def stop_multiplying(self) -> None:
+        """O takes the place of the warp's Q, or, where it has another form, of what other warps may still read."""
+        if self.config.layout_o != self.config.layout_q:
             cute.arch.barrier(barrier_id=MATRIX_BARRIER, number_of_threads=32 * self.config.plan.num_warps)
 
     def count_anew(self, count: Int32) -> Int32:
@@ -223,13 +256,13 @@ class ForwardTile:
         places = itertools.product(range(0, self.config.warp_rows, 16), range(0, kept, 16))
         return {(row, col): sQ.load(row, col) for row, col in places}
 
-    def block(self, n: Int32, i: Int32, masked: bool) -> None:
-        """Once K is there."""
+    def block(self, n: Int32, i: Int32, masked: bool, modded: bool = True) -> None:
+        """Once K is there. masked, modded: whether some of its places may not be seen, and whether mask_mod is asked."""
         stage = self.stage(i)
         self.scores(stage.shared)
         self.arrive(stage.bars["k_free"], self.tSrS)
         stage.wait_for_v()
-        self.accumulate(stage.shared, n, masked)
+        self.accumulate(stage.shared, n, masked, modded)
         self.arrive(stage.bars["v_free"], self.tOrO)
 
     def scores(self, shared: Int32) -> None:
@@ -239,17 +272,51 @@ class ForwardTile:
         qk_product(self.tSrQ, sQ, sK, self.tSrS, config.mma_dtype)
 
     @cute.jit
-    def accumulate(self, shared: Int32, n: Int32, masked: cutlass.Constexpr):
+    def accumulate(self, shared: Int32, n: Int32, masked: cutlass.Constexpr, modded: cutlass.Constexpr):
         config = self.config
+        if cutlass.const_expr(config.problem.modded):
+            self.apply_mods(n, masked, modded)
         if cutlass.const_expr(config.problem.softcap):
             apply_softcap(self.tSrS, self.scales, self.cap_scale)
         if cutlass.const_expr(config.problem.alibi):
             self.add_alibi(n)
         if cutlass.const_expr(masked):
             self.mask(n)
-        tOrP = self.softmax.update(self.tSrS, self.tOrO, config.mma_dtype)
+        dropper = self.dropper(n) if config.problem.dropout else None
+        tOrP = self.softmax.update(self.tSrS, self.tOrO, config.mma_dtype, dropper)
         sV = config.layout_v.matrix(shared, self.lane, config.offset_v)
         pv_product(sV, tOrP, self.tOrO, config.mma_dtype)
+
+    def apply_mods(self, n: Int32, masked: bool, modded: bool) -> None:
+        problem, aux = self.config.problem, self.modifiers.aux
+        place = self.place(n, masked)
+        if problem.score_mod is not None:
+            apply_score_mod(self.tSrS, problem.score_mod, self.scales, place, aux)
+        if problem.mask_mod is not None and modded:
+            apply_mask_mod(self.tSrS, problem.mask_mod, place, aux)
+
+    def place(self, n: Int32, masked: bool) -> Place:
+        """Of the thread's part of block n. What mods read is read where rows and columns exist."""
+        problem, plan, thread = self.config.problem, self.config.plan, thread_anew()
+        first_row, head, batch, seq_q = read_tile_note(self.note, problem.packed_q)
+        seqlen_k, (offset_k, _, _, _) = read_positions(self.note).seqlen_k, load_shared_v4(self.second_note)
+        first = first_row + (thread >> 5) * self.config.warp_rows + ((thread % 32) >> 2)
+        rows = [first + 8 * r for r in range(len(self.scales))]
+        last_col = None
+        if problem.aux:
+            rows = [cutlass.min(row, seq_q.length - 1) for row in rows]
+            last_col = seqlen_k - 1 if masked else None
+        info = SeqlenInfo(seq_q.length, seqlen_k, seq_q.start, offset_k)
+        return Place(batch, head, rows, n * plan.tile_n, thread % 32, info, last_col)
+
+    def dropper(self, n: Int32) -> Dropper:
+        """Of block n."""
+        thread, config = thread_anew(), self.config
+        first_row, head, batch, _ = load_shared_v4(self.note)
+        _, low, high, thresholds = load_shared_v4(self.second_note)
+        first = first_row + (thread >> 5) * config.warp_rows + ((thread % 32) >> 2)
+        rows = [first + 8 * r for r in range(len(self.scales))]
+        return Dropper((low, high), thresholds, batch, head, rows, n * config.plan.tile_n, thread % 4)
 
     def own_positions(self, at: Positions, thread: Int32) -> list[Int32]:
         """Of the thread's rows."""
@@ -301,6 +368,8 @@ class ForwardTile:
         if problem.v_descale:
             descale = self.modifiers.v_descale[batch, head // self.heads_per_kv]
             factors = [factor * descale for factor in factors]
+        if problem.dropout:
+            factors = [factor * self.modifiers.dropout.factor for factor in factors]
         shared = self.shared + self.warp_row * layout.row_bytes
         cute.arch.sync_warp()
         stage_output(layout, shared, self.tOrO, factors, self.lane, config.dtype)

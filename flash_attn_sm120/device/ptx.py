@@ -304,6 +304,16 @@ def byte_permute(a: Int32, b: Int32, selector: int, *, loc=None, ip=None) -> Int
 
 
 @dsl_user_op
+def multiply_wide(a: Int32, factor: int, *, loc=None, ip=None) -> tuple[Int32, Int32]:
+    """(high, low) 32 bits of the product of two unsigned 32-bit numbers."""
+    struct = llvm.StructType.get_literal([T.i32()] * 2)
+    operand = Int32(a).ir_value(loc=loc, ip=ip)
+    text = f"{{ .reg .b64 product; mul.wide.u32 product, $2, {factor}; mov.b64 {{$0, $1}}, product; }}"
+    low, high = _unpack(_asm(struct, [operand], text, "=r,=r,r", volatile=False, loc=loc, ip=ip), T.i32(), 2, Int32)
+    return high, low
+
+
+@dsl_user_op
 def fp8_to_f16(packed: Int32, kind: str, *, loc=None, ip=None) -> list[Int32]:
     """Four fp8 values (kind "e4m3" or "e5m2") -> two packed pairs of f16, exactly; the lowest bytes first."""
     struct = llvm.StructType.get_literal([T.i32()] * 2)

@@ -35,6 +35,15 @@ def write_tile_note(
         store_shared_b32(shared + 4 * i, value)
 
 
+def write_second_note(shared: Int32, offset_k: Int32, drop: tuple, lists: tuple) -> None:
+    """What changes need, likewise. offset_k: of SeqlenInfo; drop: (low, high, threshold) of dropout; lists: (tiles of
+    the mask list, tiles of the full list, address of the first's blocks, of the second's)."""
+    words = [offset_k, *drop, *lists[:2], Int32(0), Int32(0)]  # read in fours
+    words += [word for address in lists[2:] for word in (Int32(address), Int32(address >> 32))]
+    for i, word in enumerate(words):
+        store_shared_b32(shared + 4 * i, word)
+
+
 def read_tile_note(shared: Int32, packed: bool) -> tuple[Int32, Int32, Int32, Sequence]:
     """(first_row, head, batch, seq_q) as written."""
     first_row, head, batch, _ = load_shared_v4(shared)

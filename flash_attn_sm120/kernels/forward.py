@@ -16,7 +16,9 @@ from flash_attn_sm120.device.block_range import block_range
 from flash_attn_sm120.device.load_cp_async import CpAsyncLoader
 from flash_attn_sm120.device.load_fp8 import Fp8Loader
 from flash_attn_sm120.device.load_pages import PagedBoxes, PageLoader, box_rows
+from flash_attn_sm120.device.load_tma import TmaLoader, TmaSource, tile_maps
 from flash_attn_sm120.device.mainloop import ForwardTile
+from flash_attn_sm120.device.mainloop_sparse import SparseTile
 from flash_attn_sm120.device.paged_kv import RowSource, warps_that_copy
 from flash_attn_sm120.device.ptx import PTX_DTYPE
 from flash_attn_sm120.device.scheduler import Tile, dense_tile, heads_in_l2, packed_tile
@@ -74,7 +76,6 @@ class FlashAttentionForwardSm80:
     ):
         """q, out (batch, seqlen_q, heads, d) or (total_q, heads, d); k, v as key_sequence takes them; lse (batch,
         heads, seqlen_q) or (heads, total_q). `stream` stays last."""
-        assert modifiers.dropout_seed is None
         problem, plan = self.problem, self.plan
         heads = mQ.shape[-2]
         if cutlass.const_expr(problem.packed_q):
@@ -88,9 +89,12 @@ class FlashAttentionForwardSm80:
         if cutlass.const_expr(problem.paged):
             seqlen_k = lengths.page_table.shape[1] * problem.page_size
         group = heads_in_l2(heads // mK.shape[-2], seqlen_k, row_bytes)
-        maps = (None,) * 4
+        maps = (None,) * 6
+        if cutlass.const_expr(plan.way == "tma"):
+            maps = tile_maps((mQ, mK, mV), (self.layout_q, self.layout_k, self.layout_v))
         if cutlass.const_expr(self.box_rows):
             maps = (
+                *(None, None),
                 *PagedBoxes.map(mK, self.layout_k, self.box_rows),
                 *PagedBoxes.map(mV, self.layout_v, self.box_rows),
             )
@@ -105,6 +109,8 @@ class FlashAttentionForwardSm80:
         mQ: cute.Tensor,
         mK: cute.Tensor,
         mV: cute.Tensor,
+        atom_q: cute.CopyAtom | None,
+        gQ: cute.Tensor | None,
         atom_k: cute.CopyAtom | None,
         gK: cute.Tensor | None,
         atom_v: cute.CopyAtom | None,
@@ -127,7 +133,8 @@ class FlashAttentionForwardSm80:
             m_blocks = cute.ceil_div(mQ.shape[1], plan.tile_m)
             tile = dense_tile(block, m_blocks, heads, mQ.shape[0], group)
         if tile.valid:
-            self.compute(mQ, mK, mV, atom_k, gK, atom_v, gV, mO, mLSE, lengths, modifiers, numbers, tile)
+            maps = (atom_q, gQ, atom_k, gK, atom_v, gV)
+            self.compute(mQ, mK, mV, maps, mO, mLSE, lengths, modifiers, numbers, tile)
 
     @cute.jit
     def compute(
@@ -135,10 +142,7 @@ class FlashAttentionForwardSm80:
         mQ: cute.Tensor,
         mK: cute.Tensor,
         mV: cute.Tensor,
-        atom_k: cute.CopyAtom | None,
-        gK: cute.Tensor | None,
-        atom_v: cute.CopyAtom | None,
-        gV: cute.Tensor | None,
+        maps: tuple,
         mO: cute.Tensor,
         mLSE: cute.Tensor | None,
         lengths: Lengths,
@@ -154,16 +158,30 @@ class FlashAttentionForwardSm80:
         if cutlass.const_expr(problem.k_descale):
             scale = numbers.softmax_scale * modifiers.k_descale[tile.batch, tile.head // heads_per_kv]
             numbers = numbers._replace(softmax_scale=scale)
-        work = ForwardTile(self, tile, seq_q, *of_keys, modifiers, numbers, heads_per_kv)
+        kind = SparseTile if problem.block_sparse else ForwardTile
+        work = kind(self, tile, seq_q, seq_k, total_k, modifiers, numbers, heads_per_kv)
+        atom_q, gQ, atom_k, gK, atom_v, gV = maps
         inputs = (mQ, mK, mV, work.shared, tile, seq_q, seq_k, lengths)
         if cutlass.const_expr(self.box_rows):
             k = PagedBoxes(atom_k, gK, mK.element_type, self.layout_k, self.box_rows)
             v = PagedBoxes(atom_v, gV, mV.element_type, self.layout_v, self.box_rows)
             work.run(PageLoader(self, k, v, tile.head // heads_per_kv, *inputs), blocks, mO, mLSE)
+        elif cutlass.const_expr(plan.way == "tma"):
+            work.run(self.tma_loader(maps, (mQ, mK, mV), tile, heads_per_kv), blocks, mO, mLSE)
         elif cutlass.const_expr(problem.kv_dtype):
             work.run(Fp8Loader(self, *inputs), blocks, mO, mLSE)
         else:
             work.run(CpAsyncLoader(self, *inputs), blocks, mO, mLSE)
+
+
+    def tma_loader(self, maps: tuple, tensors: tuple, tile: Tile, heads_per_kv: Int32) -> TmaLoader:
+        """maps: atom and coordinates of each of q, k and v, `tensors`."""
+        layouts = ((self.layout_q, 0), (self.layout_k, self.offset_k), (self.layout_v, self.offset_v))
+        sources = [
+            TmaSource(*maps[2 * i : 2 * i + 2], tensors[i].element_type, *layout) for i, layout in enumerate(layouts)
+        ]
+        shared = cute.arch.get_dyn_smem(cutlass.Uint8, alignment=1024)
+        return TmaLoader(*sources, shared, tile, tile.head // heads_per_kv)
 
 
 class FlashAttentionForwardSm120(FlashAttentionForwardSm80):

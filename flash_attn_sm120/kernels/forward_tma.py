@@ -9,11 +9,10 @@ from typing import TYPE_CHECKING
 
 import cutlass
 from cutlass import Int32, cute
-from cutlass.cute.nvgpu import cpasync
 
 from flash_attn_sm120.arguments import Lengths, Modifiers, Numbers
 from flash_attn_sm120.device.block_range import block_range
-from flash_attn_sm120.device.load_tma import TmaLoader, TmaSource, chunk_layout, rows_first
+from flash_attn_sm120.device.load_tma import tile_maps
 from flash_attn_sm120.device.mainloop import ForwardTile
 from flash_attn_sm120.device.scheduler import dense_tile, heads_in_l2
 from flash_attn_sm120.device.seqlen import sequences
@@ -26,7 +25,7 @@ if TYPE_CHECKING:
 
 
 class FlashAttentionForwardSm120Tma(FlashAttentionForwardSm80):
-    """Takes what FlashAttentionForwardSm80 takes; lengths and modifiers must be empty."""
+    """Takes what FlashAttentionForwardSm80 takes; lengths must be empty, and modifiers but for what mods read."""
 
     name = "forward_tma"
 
@@ -48,17 +47,12 @@ class FlashAttentionForwardSm120Tma(FlashAttentionForwardSm80):
         stream,
     ):
         """q, out (batch, seqlen_q, heads, d); k, v (batch, seqlen_k, heads_kv, d); lse (batch, heads, seqlen_q)."""
-        assert modifiers.dropout_seed is None
         problem, plan = self.problem, self.plan
         heads = mQ.shape[2]
         group = heads_in_l2(heads // mK.shape[2], mK.shape[1], 2 * (problem.head_dim + problem.head_dim_v))
-        op = cpasync.CopyBulkTensorTileG2SOp()
-        atoms = []
-        for tensor, layout in ((mQ, self.layout_q), (mK, self.layout_k), (mV, self.layout_v)):
-            box = (layout.rows, layout.chunk_cols)
-            atoms += [*cpasync.make_tiled_tma_atom(op, rows_first(tensor), chunk_layout(layout), box)]
+        maps = tile_maps((mQ, mK, mV), (self.layout_q, self.layout_k, self.layout_v))
         tiles = cute.ceil_div(mQ.shape[1], plan.tile_m) * heads * mQ.shape[0]
-        self.kernel(mQ, mK, mV, *atoms, mO, mLSE, in_base_2(problem, numbers), group).launch(
+        self.kernel(mQ, mK, mV, *maps, mO, mLSE, modifiers, in_base_2(problem, numbers), group).launch(
             grid=(tiles, 1, 1), block=(self.num_threads, 1, 1), smem=plan.smem_bytes,
             stream=stream, min_blocks_per_mp=plan.blocks_per_sm, preferred_smem_carveout=100,
         )  # fmt: skip
@@ -77,6 +71,7 @@ class FlashAttentionForwardSm120Tma(FlashAttentionForwardSm80):
         gV: cute.Tensor,
         mO: cute.Tensor,
         mLSE: cute.Tensor | None,
+        modifiers: Modifiers,
         numbers: Numbers,
         group: Int32,
     ):
@@ -88,13 +83,6 @@ class FlashAttentionForwardSm120Tma(FlashAttentionForwardSm80):
         of_keys = (seq_k.length, total_k)
         blocks = block_range(problem, tile.m_block, plan.tile_m, plan.tile_n, seq_q.length, *of_keys, numbers)
         heads_per_kv = heads // mK.shape[2]
-        work = ForwardTile(self, tile, seq_q, *of_keys, Modifiers(), numbers, heads_per_kv)
-        loader = TmaLoader(
-            TmaSource(atom_q, gQ, mQ.element_type, self.layout_q, 0),
-            TmaSource(atom_k, gK, mK.element_type, self.layout_k, self.offset_k),
-            TmaSource(atom_v, gV, mV.element_type, self.layout_v, self.offset_v),
-            cute.arch.get_dyn_smem(cutlass.Uint8, alignment=1024),
-            tile,
-            tile.head // heads_per_kv,
-        )
-        work.run(loader, blocks, mO, mLSE)
+        work = ForwardTile(self, tile, seq_q, seq_k, total_k, modifiers, numbers, heads_per_kv)
+        maps = (atom_q, gQ, atom_k, gK, atom_v, gV)
+        work.run(self.tma_loader(maps, (mQ, mK, mV), tile, heads_per_kv), blocks, mO, mLSE)

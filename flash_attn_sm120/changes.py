@@ -1,0 +1,181 @@
+"""Arguments that change what is computed: dropout, mods with what they read, lists of blocks. Checked and brought into the
+form that kernels take; a call without any of them does nothing here."""
+
+from __future__ import annotations
+
+import numbers
+from typing import Any, NamedTuple
+
+import torch
+
+from flash_attn_sm120.arguments import BlockLists, Dropout
+from flash_attn_sm120.block_sparse import BlockSparseTensors
+from flash_attn_sm120.checks import describe, refuse
+from flash_attn_sm120.checks_sparse import check_block_sparse, check_block_sparse_values
+from flash_attn_sm120.dropout import check_dropout_p, seed_tensor, threshold
+from flash_attn_sm120.mod_key import mod_of
+from flash_attn_sm120.problem import Mod
+
+AUX_DTYPES = {
+    torch.float32: "float32", torch.float64: "float64", torch.bfloat16: "bfloat16", torch.float16: "float16",
+    torch.int8: "int8", torch.int16: "int16", torch.int32: "int32", torch.int64: "int64", torch.uint8: "uint8",
+    torch.bool: "bool",
+}  # fmt: skip
+MAX_INT32 = (1 << 31) - 1
+
+_no_blocks: dict[torch.device, torch.Tensor] = {}
+
+
+class Changes(NamedTuple):
+    """A call's, where it has any. aux: tensors, then numbers."""
+
+    dropout_p: float = 0.0
+    dropout_seed: torch.Tensor | None = None  # where dropout_p isn't 0
+    score_mod: Mod | None = None
+    mask_mod: Mod | None = None
+    aux: tuple = ()
+    blocks: BlockSparseTensors | None = None
+
+
+def changes_of(
+    q: Any,
+    dropout_p: Any,
+    dropout_seed: Any,
+    score_mod: Any,
+    mask_mod: Any,
+    aux_tensors: Any,
+    aux_scalars: Any,
+    block_sparse_tensors: Any,
+) -> Changes | None:
+    """None where nothing is changed. Draws a seed where dropout has none."""
+    p = check_dropout_p(dropout_p)
+    device = q.device if isinstance(q, torch.Tensor) else torch.device("cpu")  # refused later
+    mods = mod_of("score_mod", score_mod), mod_of("mask_mod", mask_mod)
+    aux = _check_aux(aux_tensors, aux_scalars, device)
+    if aux and mods == (None, None):
+        name = "aux_tensors" if aux_tensors else "aux_scalars"
+        refuse(name, "None without score_mod and mask_mod, which read it", describe(aux[0]))
+    if block_sparse_tensors is not None and not isinstance(block_sparse_tensors, BlockSparseTensors):
+        refuse("block_sparse_tensors", "a BlockSparseTensors", describe(block_sparse_tensors), TypeError)
+    if p == 0.0 and mods == (None, None) and block_sparse_tensors is None:
+        return None
+    seed = seed_tensor(dropout_seed, device) if p else None
+    return Changes(p, seed, *mods, aux, block_sparse_tensors)
+
+
+def _check_aux(aux_tensors: Any, aux_scalars: Any, device: torch.device) -> tuple:
+    tensors, scalars = (() if given is None else given for given in (aux_tensors, aux_scalars))
+    for name, given in (("aux_tensors", tensors), ("aux_scalars", scalars)):
+        if not isinstance(given, (tuple, list)):
+            refuse(name, "a list or a tuple", describe(given), TypeError)
+    for i, tensor in enumerate(tensors):
+        if not isinstance(tensor, torch.Tensor) or tensor.dtype not in AUX_DTYPES:
+            refuse(f"aux_tensors[{i}]", f"a tensor of {', '.join(AUX_DTYPES.values())}", describe(tensor), TypeError)
+        if tensor.dim() == 0:
+            refuse(f"aux_tensors[{i}]", "at least one dimension (numbers go to aux_scalars)", describe(tensor))
+        if tensor.device != device:
+            refuse(f"aux_tensors[{i}]", f"a tensor on {device} as q", describe(tensor))
+        if tensor.numel() and max(tensor.shape) > MAX_INT32:
+            refuse(f"aux_tensors[{i}]", "dimensions below 2^31", describe(tensor))
+    for i, scalar in enumerate(scalars):
+        if isinstance(scalar, bool) or not isinstance(scalar, numbers.Real):
+            refuse(f"aux_scalars[{i}]", "an int or a float", describe(scalar), TypeError)
+        if isinstance(scalar, int) and not -MAX_INT32 - 1 <= scalar <= MAX_INT32:
+            refuse(f"aux_scalars[{i}]", "an int of 32 bits", scalar)
+    return (*tensors, *scalars)
+
+
+def check_beside(changes: Changes, num_splits: int, cp_world_size: int, float8: bool, softcap: bool, alibi: bool) -> None:
+    """What changes don't go with. float8, softcap, alibi: whether the call has such keys, a softcap, slopes."""
+    given = {
+        "dropout_p": changes.dropout_p > 0.0,
+        "score_mod": changes.score_mod is not None,
+        "mask_mod": changes.mask_mod is not None,
+        "block_sparse_tensors": changes.blocks is not None,
+    }
+    name = next(name for name, there in given.items() if there)
+    if num_splits > 1:
+        refuse("num_splits", f"0 or 1 beside {name}", num_splits, NotImplementedError)
+    if cp_world_size > 1:
+        refuse("cp_world_size", f"1 beside {name}", cp_world_size, NotImplementedError)
+    if given["block_sparse_tensors"] and float8:
+        refuse("k", "bfloat16 or float16 beside block_sparse_tensors", "float8", NotImplementedError)
+    if given["score_mod"] and softcap:
+        refuse("softcap", "0 beside score_mod (flash_attn_sm120.mods.softcap is one)", "both", NotImplementedError)
+    if given["score_mod"] and alibi:
+        expected = "None beside score_mod (flash_attn_sm120.mods.alibi is one)"
+        refuse("alibi_slopes", expected, "both", NotImplementedError)
+
+
+def check_blocks(
+    changes: Changes, batch: int, heads: int, seqlen_q: int, seqlen_k: int, device: torch.device, exact: bool
+) -> None:
+    if changes.blocks is not None:
+        check_block_sparse(changes.blocks, batch, heads, seqlen_q, seqlen_k, device, exact)
+
+
+def check_change_values(changes: Changes, seqlen_k: int) -> None:
+    """What lists contain; waits for the device."""
+    if changes.blocks is not None:
+        check_block_sparse_values(changes.blocks, seqlen_k)
+
+
+def problem_fields(changes: Changes) -> dict[str, Any]:
+    """Of AttentionProblem."""
+    return {
+        "dropout": changes.dropout_p > 0.0,
+        "score_mod": changes.score_mod,
+        "mask_mod": changes.mask_mod,
+        "aux": tuple(map(_kind, changes.aux)),
+        "sparse_block": () if changes.blocks is None else changes.blocks.block_size,
+    }
+
+
+def _kind(given: torch.Tensor | float) -> tuple[str, int]:
+    if isinstance(given, torch.Tensor):
+        return AUX_DTYPES[given.dtype], given.dim()
+    return ("int32" if isinstance(given, int) else "float32"), -1
+
+
+def signature(changes: Changes) -> tuple:
+    """Without addresses, contents and the numbers that mods read."""
+    blocks = changes.blocks
+    lists = () if blocks is None else (*map(_form, blocks_of(blocks)), blocks.block_size)
+    return changes.dropout_p, changes.score_mod, changes.mask_mod, tuple(map(_form, changes.aux)), lists
+
+
+def _form(given: Any) -> Any:
+    if isinstance(given, torch.Tensor):
+        return given.shape, given.stride(), given.dtype, given.get_device()
+    return given.__class__
+
+
+def blocks_of(blocks: BlockSparseTensors) -> tuple:
+    return blocks.mask_block_cnt, blocks.mask_block_idx, blocks.full_block_cnt, blocks.full_block_idx
+
+
+def kernel_fields(changes: Changes, batch: int, heads: int, device: torch.device) -> tuple:
+    """The last fields of arguments.Modifiers."""
+    dropout = lists = None
+    if changes.dropout_p:
+        p = changes.dropout_p
+        dropout = Dropout(changes.dropout_seed, threshold(p), 1.0 / (1.0 - p))
+    if changes.blocks is not None:
+        lists = BlockLists(*_lists(changes.blocks, batch, heads, device))
+    return dropout, lists, tuple(given.detach() if isinstance(given, torch.Tensor) else given for given in changes.aux)
+
+
+def _lists(blocks: BlockSparseTensors, batch: int, heads: int, device: torch.device) -> list[torch.Tensor]:
+    """Each for all of the batch and heads; one that isn't given names no block."""
+    given = blocks_of(blocks)
+    rows = next(cnt for cnt in given[::2] if cnt is not None).shape[2]
+    lists = []
+    for cnt, idx in (given[:2], given[2:]):
+        if cnt is None:
+            if device not in _no_blocks:
+                _no_blocks[device] = torch.zeros(1, dtype=torch.int32, device=device)
+            nothing = _no_blocks[device]
+            lists += [nothing.expand(batch, heads, rows), nothing.expand(batch, heads, rows, 1)]
+        else:
+            lists += [cnt.expand(batch, heads, -1), idx.expand(batch, heads, -1, -1)]
+    return lists

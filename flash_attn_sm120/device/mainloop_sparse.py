@@ -1,0 +1,96 @@
+"""One Q tile against the KV blocks that lists name: those of the mask list, then those of the full list, each in ascending
+order. A listed block holds one tile of K and V or several.
+"""
+
+from __future__ import annotations
+
+import cutlass
+from cutlass import Int32, Int64, cute
+
+from flash_attn_sm120.device.block_range import BlockRange
+from flash_attn_sm120.device.mainloop import ForwardTile
+from flash_attn_sm120.device.ptx import load_global_b32_if, load_shared_v4
+from flash_attn_sm120.device.scheduler import read_blocks
+from flash_attn_sm120.device.seqlen import clamp, divide
+
+
+class SparseTile(ForwardTile):
+    """A ForwardTile whose blocks are listed."""
+
+    @property
+    def tiles_a_block(self) -> int:
+        return self.config.problem.sparse_block[1] // self.config.plan.tile_n
+
+    @property
+    def starts_early(self) -> bool:
+        return False
+
+    def listed(self) -> tuple[Int32, Int32, Int64, Int64]:
+        """(tiles of the mask list, of the full list, address of the first's blocks, of the second's)."""
+        lists, tile = self.modifiers.blocks, self.tile
+        row = divide(tile.m_block, self.config.problem.sparse_block[0] // self.config.plan.tile_m)
+        counts, addresses = [], []
+        for cnt, idx in ((lists.mask_cnt, lists.mask_idx), (lists.full_cnt, lists.full_idx)):
+            place = (tile.batch, tile.head, cutlass.min(row, cnt.shape[2] - 1))
+            steps = zip(place, cnt.stride, strict=True)
+            offset = sum((Int64(at) * Int64(stride) for at, stride in steps), Int64(0))
+            exists = Int32(row < cnt.shape[2])
+            count = load_global_b32_if(cnt.iterator.toint() + offset * 4, exists)
+            counts.append(clamp(count, Int32(0), idx.shape[3]) * self.tiles_a_block)
+            steps = zip(place, idx.stride[:3], strict=True)
+            offset = sum((Int64(at) * Int64(stride) for at, stride in steps), Int64(0))
+            addresses.append(idx.iterator.toint() + offset * 4)
+        return (*counts, *addresses)
+
+    def number(self, i: Int32) -> Int32:
+        """Of K's and V's tiles, the i-th that is listed; 0 past the last. Whatever the lists hold, it isn't negative nor
+        far beyond the sequence's end, which loads and masks know."""
+        _, _, _, seqlen_k = load_shared_v4(self.note)
+        mask_tiles, full_tiles = self.counts()
+        words = load_shared_v4(self.second_note + 32)
+        masked = i < mask_tiles
+        low, high = (cutlass.select_(masked, words[word], words[word + 2]) for word in range(2))
+        j = i - cutlass.select_(masked, Int32(0), mask_tiles)
+        within = divide(j, self.tiles_a_block)
+        address = Int64(cutlass.Uint32(low)) | Int64(high) << 32
+        block = load_global_b32_if(address + Int64(within) * 4, Int32(i < mask_tiles + full_tiles))
+        block = clamp(block, Int32(0), divide(seqlen_k, self.config.problem.sparse_block[1]))
+        return block * self.tiles_a_block + (j - within * self.tiles_a_block)
+
+    def counts(self) -> tuple[Int32, Int32]:
+        """(tiles of the mask list, of the full list) as write_note wrote them."""
+        mask_tiles, full_tiles, _, _ = load_shared_v4(self.second_note + 16)
+        return mask_tiles, full_tiles
+
+    @cute.jit
+    def feed(self, blocks: BlockRange):
+        """A loading warp. The next tile's number is on its way while it waits for room."""
+        mask_tiles, full_tiles = self.counts()
+        bs_n = self.number(Int32(0))
+        self.loader.start_list(bs_n)
+        for i in cutlass.range(mask_tiles + full_tiles, unroll=1):
+            bs_next = self.number(i + 1)
+            self.loader.load_listed(bs_n, bs_next, self.stage(i))
+            bs_n = bs_next
+
+    @cute.jit
+    def multiply(self):
+        """A matrix warp: the mask list's blocks, whose places mask_mod says, then the full list's."""
+        self.start_multiplying()
+        bs_i = Int32(0)
+        while bs_i < self.counts()[0]:
+            bs_n, stage = self.number(bs_i), self.stage(bs_i)
+            stage.wait_for_k()
+            self.block(bs_n, bs_i, True, True)
+            bs_i = bs_i + 1
+        bs_n = self.number(bs_i)
+        while bs_i < self.counts()[0] + self.counts()[1]:
+            bs_next, stage = self.number(bs_i + 1), self.stage(bs_i)
+            stage.wait_for_k()
+            blocks = read_blocks(self.note)
+            if (bs_n >= blocks.right_edge) | (bs_n < blocks.left_edge):
+                self.block(bs_n, bs_i, True, False)
+            else:
+                self.block(bs_n, bs_i, False, False)
+            bs_n, bs_i = bs_next, bs_i + 1
+        self.stop_multiplying()

@@ -1,0 +1,112 @@
+"""score_mod and mask_mod: functions of the caller, traced into the kernel, on vectors of one row's columns.
+
+Source: PyTorch's FlexAttention (2024); the signatures are those of flash-attn's CuTe kernels.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import cutlass
+from cutlass import Boolean, Float32, Int32, cute
+from cutlass._mlir import ir
+from cutlass._mlir.dialects import vector as mlir_vector
+
+from flash_attn_sm120.problem import Mod
+
+
+class SeqlenInfo(NamedTuple):
+    """Of the sequence, Int32. offset_q, offset_k: its first row in a packed tensor, 0 otherwise."""
+
+    seqlen_q: Any
+    seqlen_k: Any
+    offset_q: Any
+    offset_k: Any
+
+
+class Place(NamedTuple):
+    """Where a thread's part of a block lies. q_idx: of its rows, 8 apart; first_col: of the block; last_col: that a
+    mod may be asked for, where the block may go beyond the sequence."""
+
+    batch: Int32
+    head: Int32
+    q_idx: list[Int32]
+    first_col: Int32
+    lane: Int32
+    info: SeqlenInfo
+    last_col: Int32 | None
+
+
+def vector(values: list, dtype: type) -> cute.TensorSSA:
+    """(len(values),) of dtype."""
+    kind = ir.VectorType.get([len(values)], dtype.mlir_type)
+    return cute.TensorSSA(
+        mlir_vector.from_elements(kind, [dtype(value).ir_value() for value in values]), (len(values),), dtype
+    )
+
+
+def scalars(result: Any, count: int, dtype: type) -> list:
+    """Of what a mod returns: a vector of `count`, or one value for all of them."""
+    if isinstance(result, cute.TensorSSA):
+        return [dtype(result[i]) for i in range(count)]
+    return [dtype(result)] * count
+
+
+def call_mask_mod(
+    mod: Mod, batch: Int32, head: Int32, q_idx: Int32, kv_indices: list[Int32], info: SeqlenInfo, aux: tuple
+) -> list[Boolean]:
+    """Which of mod.width columns of a row stay."""
+    count = len(kv_indices)
+    place = [vector([value] * count, Int32) for value in (batch, head, q_idx)]
+    return scalars(mod.function(*place, vector(kv_indices, Int32), info, aux), count, Boolean)
+
+
+def call_score_mod(
+    mod: Mod,
+    scores: list[Float32],
+    batch: Int32,
+    head: Int32,
+    q_idx: Int32,
+    kv_indices: list[Int32],
+    info: SeqlenInfo,
+    aux: tuple,
+) -> list[Float32]:
+    """The scores of mod.width columns of a row, as they become."""
+    count = len(kv_indices)
+    place = [vector([value] * count, Int32) for value in (batch, head, q_idx)]
+    result = mod.function(vector(scores, Float32), *place, vector(kv_indices, Int32), info, aux)
+    return scalars(result, count, Float32)
+
+
+def columns_of(place: Place, n_frags: int) -> list[Int32]:
+    """The thread's columns of a block, in order."""
+    own = place.first_col + 2 * (place.lane % 4)
+    columns = [own + (8 * n + j) for n in range(n_frags) for j in range(2)]
+    if place.last_col is None:
+        return columns
+    return [cutlass.min(column, place.last_col) for column in columns]
+
+
+def apply_score_mod(tSrS: cute.Tensor, mod: Mod, scales: list[Float32], place: Place, aux: tuple) -> None:
+    """score -> mod(score * scale), in natural units. scales: of the thread's rows."""
+    columns = columns_of(place, tSrS.shape[1])
+    for r, row in enumerate(place.q_idx):
+        for first in range(0, len(columns), mod.width):
+            own = [(r // 2, c // 2, 2 * (r % 2) + c % 2) for c in range(first, min(first + mod.width, len(columns)))]
+            scores = [tSrS[at] * scales[r] for at in own]
+            indices = columns[first : first + len(own)]
+            results = call_score_mod(mod, scores, place.batch, place.head, row, indices, place.info, aux)
+            for at, result in zip(own, results, strict=True):
+                tSrS[at] = result
+
+
+def apply_mask_mod(tSrS: cute.Tensor, mod: Mod, place: Place, aux: tuple) -> None:
+    """Scores that mod doesn't keep become -inf."""
+    columns = columns_of(place, tSrS.shape[1])
+    for r, row in enumerate(place.q_idx):
+        for first in range(0, len(columns), mod.width):
+            own = [(r // 2, c // 2, 2 * (r % 2) + c % 2) for c in range(first, min(first + mod.width, len(columns)))]
+            indices = columns[first : first + len(own)]
+            kept = call_mask_mod(mod, place.batch, place.head, row, indices, place.info, aux)
+            for at, keep in zip(own, kept, strict=True):
+                tSrS[at] = cutlass.select_(keep, tSrS[at], Float32(-float("inf")))

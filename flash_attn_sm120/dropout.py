@@ -1,0 +1,129 @@
+"""dropout_mask: which attention weights a seed keeps, in PyTorch and to the bit as the kernels do it; seeds and p.
+
+Source of the generator: Salmon et al., "Parallel Random Numbers: As Easy as 1, 2, 3" (2011), Philox 4x32, here with 7 rounds.
+"""
+
+from __future__ import annotations
+
+import math
+import numbers
+import operator
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import torch
+
+MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
+WEYL = (0x9E3779B9, 0xBB67AE85)
+ROUNDS = 7
+BITS = 15  # of a weight's random number
+WORD = 0xFFFFFFFF
+
+
+def threshold(dropout_p: float) -> int:
+    """Of the 2^15 values of a weight's number, those below this drop it."""
+    return round(dropout_p * (1 << BITS))
+
+
+def dropout_mask(
+    batch: int,
+    heads: int,
+    seqlen_q: int,
+    seqlen_k: int,
+    dropout_p: float,
+    seed: int | torch.Tensor,
+    device: torch.device | str | None = None,
+) -> torch.Tensor:
+    """(batch, heads, seqlen_q, seqlen_k) bool: True where a call of these sizes or larger ones keeps the weight.
+
+    dropout_p: from 0 to below 1, rounded to a multiple of 2^-15. seed: as dropout_seed of flash_attn_func.
+    device: of the result, the CPU or the seed's if None; the result is the same on each.
+    """
+    import torch
+
+    if device is None:
+        device = seed.device if isinstance(seed, torch.Tensor) else "cpu"
+    sizes = (range(batch), range(heads), range(seqlen_q))
+    return kept(*sizes, seqlen_k, check_dropout_p(dropout_p), seed_words(seed), device)
+
+
+def kept(
+    batches: range,
+    heads: range,
+    rows: range,
+    seqlen_k: int,
+    dropout_p: float,
+    key: tuple[int, int],
+    device: torch.device | str,
+) -> torch.Tensor:
+    """A part of dropout_mask."""
+    import torch
+
+    groups = range(-(-seqlen_k // 32) * 4)
+    axes = (torch.arange(axis.start, axis.stop, device=device) for axis in (batches, heads, rows, groups))
+    b, h, row, group = torch.meshgrid(*axes, indexing="ij")
+    words = philox((group, row, h, b), key)
+    # (batch, heads, rows, 32s of columns, pair of columns, eighth, which of the pair)
+    drawn = torch.stack([torch.stack((word & (1 << BITS) - 1, word >> 16 & (1 << BITS) - 1), -1) for word in words], -2)
+    drawn = drawn.unflatten(3, (-1, 4)).transpose(4, 5)
+    return drawn.flatten(3)[..., :seqlen_k] >= threshold(dropout_p)
+
+
+def philox(counter: tuple, key: tuple[int, int]) -> tuple:
+    """Four words of counters, int64 tensors that hold 32 bits, to as many random ones."""
+    for turn in range(ROUNDS):
+        products = [counter[2 * i] * MULTIPLIERS[i] for i in range(2)]
+        high, low = ([product >> shift & WORD for product in products] for shift in (32, 0))
+        keys = [word + turn * step & WORD for word, step in zip(key, WEYL, strict=True)]
+        counter = (high[1] ^ counter[1] ^ keys[0], low[1], high[0] ^ counter[3] ^ keys[1], low[0])
+    return counter
+
+
+def check_dropout_p(value: Any) -> float:
+    from flash_attn_sm120.checks import describe, refuse
+
+    if value is None:
+        return 0.0
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+        refuse("dropout_p", "a number", describe(value), TypeError)
+    if not 0.0 <= value < 1.0 or math.isnan(value):
+        refuse("dropout_p", "from 0 to below 1", value)
+    return float(value)
+
+
+def seed_words(seed: int | torch.Tensor) -> tuple[int, int]:
+    """(low, high) 32 bits of the generator's key; reads a tensor back."""
+    low, high = (seed & WORD, seed >> 32) if isinstance(seed, int) else seed.tolist()
+    return low & WORD, high & WORD
+
+
+def seed_tensor(seed: Any, device: torch.device) -> torch.Tensor:
+    """dropout_seed as the kernels read it, (2,) int64 with 32 bits each, low and high. None draws it from PyTorch's
+    generator of the device. Neither waits for the device."""
+    import torch
+
+    from flash_attn_sm120.checks import describe, refuse
+
+    expected = "an int from 0 to 2^64 - 1, int64 of shape (2,) with 32 bits each, or None"
+    if seed is None:
+        return torch.randint(0, 1 << 32, (2,), dtype=torch.int64, device=device)
+    if isinstance(seed, torch.Tensor):
+        if seed.dtype != torch.int64:
+            refuse("dropout_seed", expected, describe(seed), TypeError)
+        if seed.shape != (2,):
+            refuse("dropout_seed", expected, describe(seed))
+        if seed.device != device:
+            refuse("dropout_seed", f"a tensor on {device} as q", describe(seed))
+        return seed
+    if isinstance(seed, bool):
+        refuse("dropout_seed", expected, describe(seed), TypeError)
+    try:
+        seed = operator.index(seed)
+    except TypeError:
+        refuse("dropout_seed", expected, describe(seed), TypeError)
+    if not 0 <= seed < 1 << 64:
+        refuse("dropout_seed", expected, seed)
+    words = torch.empty(2, dtype=torch.int64, device=device)
+    for word, value in zip(words, (seed & WORD, seed >> 32), strict=True):
+        word.fill_(value)
+    return words
