@@ -1,4 +1,4 @@
-"""AttentionProblem and CombineProblem: everything that selects machine code, and nothing else. The compile keys."""
+"""AttentionProblem, CombineProblem, ClassifyProblem: all that selects machine code, and no more. The compile keys."""
 
 from __future__ import annotations
 
@@ -9,6 +9,9 @@ MAX_HEAD_DIM = 256
 DTYPES = ("bfloat16", "float16")
 FP8_DTYPES = ("float8_e4m3fn", "float8_e5m2")
 MASKS = ("full", "causal", "local")
+# Of the tensors that a mod reads; scalars are int32 or float32.
+AUX_DTYPES = ("bool", "uint8", "int8", "int16", "int32", "int64", "float16", "bfloat16", "float32")
+AUX_SCALARS = ("int32", "float32")
 ELEMENT_BYTES = 2  # of q, out and all that the matrix instructions read
 
 
@@ -136,3 +139,32 @@ class CombineProblem:
             raise ValueError(f"head_dim_v: expected a multiple of 8 from 8 to {MAX_HEAD_DIM}, got {self.head_dim_v}")
         if self.sink not in ("", "bfloat16", "float32"):
             raise ValueError(f"sink: expected '', 'bfloat16' or 'float32', got {self.sink!r}")
+
+
+@dataclass(frozen=True, slots=True)
+class ClassifyProblem:
+    """One sorting of a mask's blocks into full and partly visible ones, up to sizes that are only known at run time.
+
+    mask_mod: which row sees which column.
+    block_size: rows and columns of a block.
+    aux: what the mask_mod reads: (dtype, rank) of each tensor, then "int32" or "float32" of each scalar.
+    packed_q, packed_k: lengths and places of sequences come from cu_seqlens. seqused_q, seqused_k: from seqused.
+    """
+
+    mask_mod: Mod
+    block_size: tuple[int, int] = (128, 128)
+    aux: tuple[tuple[str, int] | str, ...] = ()
+    packed_q: bool = False
+    packed_k: bool = False
+    seqused_q: bool = False
+    seqused_k: bool = False
+
+    def __post_init__(self) -> None:
+        rows, cols = self.block_size
+        if rows <= 0 or rows % 64 or cols <= 0 or cols % 32:
+            expected = "rows a multiple of 64 and columns a multiple of 32, both > 0"
+            raise ValueError(f"block_size: expected {expected}, got {self.block_size}")
+        for entry in self.aux:
+            if entry not in AUX_SCALARS if isinstance(entry, str) else entry[0] not in AUX_DTYPES:
+                expected = f"(one of {AUX_DTYPES}, rank) or one of {AUX_SCALARS}"
+                raise ValueError(f"aux: expected {expected}, got {entry!r}")
