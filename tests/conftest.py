@@ -67,7 +67,8 @@ def seed(request):
 class Recorder:
     """Stands in for the kernels: keeps what the interface would launch, and writes ones.
 
-    calls: Arguments, CombineArguments or ClassifyArguments, whose counts stay as they are; partials: of each call of the decode kernel."""
+    calls: Arguments, CombineArguments or ClassifyArguments, whose lists stay as they are; partials: of each call of the
+    decode kernel."""
 
     def __init__(self):
         self.problems, self.calls, self.partials = [], [], []
