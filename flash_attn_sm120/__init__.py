@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from flash_attn_sm120.block_sparse import BlockSparseTensors
     from flash_attn_sm120.combine import flash_attn_combine
     from flash_attn_sm120.interface import flash_attn_func, flash_attn_varlen_func
     from flash_attn_sm120.problem import AttentionProblem
@@ -13,6 +14,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 __all__ = [
     "AttentionProblem",
+    "BlockSparseTensors",
     "__version__",
     "flash_attn_combine",
     "flash_attn_func",
@@ -22,6 +24,7 @@ __all__ = [
 
 _HOMES = {
     "AttentionProblem": "problem",
+    "BlockSparseTensors": "block_sparse",
     "flash_attn_combine": "combine",
     "flash_attn_func": "interface",
     "flash_attn_varlen_func": "interface",

@@ -95,3 +95,16 @@ class CombineArguments(NamedTuple):
     cu_seqlens: Any = None  # (batch + 1,) int32
     seqused: Any = None  # (batch,) int32
     learnable_sink: Any = None  # (heads,) bfloat16 or float32
+
+
+class ClassifyArguments(NamedTuple):
+    """What the launcher of a ClassifyProblem takes. The tensors of lists are int32; idx beyond cnt isn't written."""
+
+    mask_block_cnt: Any  # (batch, heads, m_blocks)
+    mask_block_idx: Any  # (batch, heads, m_blocks, n_blocks)
+    full_block_cnt: Any  # as mask_block_cnt
+    full_block_idx: Any  # as mask_block_idx
+    lengths: Lengths = Lengths()
+    aux: tuple = ()  # the mask_mod's tensors, then its scalars
+    seqlen_q: Any = 0  # of every sequence, or the most that one has
+    seqlen_k: Any = 0

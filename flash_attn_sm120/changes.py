@@ -3,7 +3,6 @@ form that kernels take; a call without any of them does nothing here."""
 
 from __future__ import annotations
 
-import numbers
 from typing import Any, NamedTuple
 
 import torch
@@ -11,17 +10,10 @@ import torch
 from flash_attn_sm120.arguments import BlockLists, Dropout
 from flash_attn_sm120.block_sparse import BlockSparseTensors
 from flash_attn_sm120.checks import describe, refuse
-from flash_attn_sm120.checks_sparse import check_block_sparse, check_block_sparse_values
+from flash_attn_sm120.checks_sparse import check_aux, check_block_sparse, check_block_sparse_values
 from flash_attn_sm120.dropout import check_dropout_p, seed_tensor, threshold
 from flash_attn_sm120.mod_key import mod_of
 from flash_attn_sm120.problem import Mod
-
-AUX_DTYPES = {
-    torch.float32: "float32", torch.float64: "float64", torch.bfloat16: "bfloat16", torch.float16: "float16",
-    torch.int8: "int8", torch.int16: "int16", torch.int32: "int32", torch.int64: "int64", torch.uint8: "uint8",
-    torch.bool: "bool",
-}  # fmt: skip
-MAX_INT32 = (1 << 31) - 1
 
 _no_blocks: dict[torch.device, torch.Tensor] = {}
 
@@ -34,6 +26,7 @@ class Changes(NamedTuple):
     score_mod: Mod | None = None
     mask_mod: Mod | None = None
     aux: tuple = ()
+    aux_kinds: tuple = ()  # as AttentionProblem.aux
     blocks: BlockSparseTensors | None = None
 
 
@@ -51,7 +44,9 @@ def changes_of(
     p = check_dropout_p(dropout_p)
     device = q.device if isinstance(q, torch.Tensor) else torch.device("cpu")  # refused later
     mods = mod_of("score_mod", score_mod), mod_of("mask_mod", mask_mod)
-    aux = _check_aux(aux_tensors, aux_scalars, device)
+    aux_tensors, aux_scalars = (() if given is None else given for given in (aux_tensors, aux_scalars))
+    kinds = check_aux(aux_tensors, aux_scalars, device)
+    aux = (*aux_tensors, *aux_scalars)
     if aux and mods == (None, None):
         name = "aux_tensors" if aux_tensors else "aux_scalars"
         refuse(name, "None without score_mod and mask_mod, which read it", describe(aux[0]))
@@ -60,29 +55,7 @@ def changes_of(
     if p == 0.0 and mods == (None, None) and block_sparse_tensors is None:
         return None
     seed = seed_tensor(dropout_seed, device) if p else None
-    return Changes(p, seed, *mods, aux, block_sparse_tensors)
-
-
-def _check_aux(aux_tensors: Any, aux_scalars: Any, device: torch.device) -> tuple:
-    tensors, scalars = (() if given is None else given for given in (aux_tensors, aux_scalars))
-    for name, given in (("aux_tensors", tensors), ("aux_scalars", scalars)):
-        if not isinstance(given, (tuple, list)):
-            refuse(name, "a list or a tuple", describe(given), TypeError)
-    for i, tensor in enumerate(tensors):
-        if not isinstance(tensor, torch.Tensor) or tensor.dtype not in AUX_DTYPES:
-            refuse(f"aux_tensors[{i}]", f"a tensor of {', '.join(AUX_DTYPES.values())}", describe(tensor), TypeError)
-        if tensor.dim() == 0:
-            refuse(f"aux_tensors[{i}]", "at least one dimension (numbers go to aux_scalars)", describe(tensor))
-        if tensor.device != device:
-            refuse(f"aux_tensors[{i}]", f"a tensor on {device} as q", describe(tensor))
-        if tensor.numel() and max(tensor.shape) > MAX_INT32:
-            refuse(f"aux_tensors[{i}]", "dimensions below 2^31", describe(tensor))
-    for i, scalar in enumerate(scalars):
-        if isinstance(scalar, bool) or not isinstance(scalar, numbers.Real):
-            refuse(f"aux_scalars[{i}]", "an int or a float", describe(scalar), TypeError)
-        if isinstance(scalar, int) and not -MAX_INT32 - 1 <= scalar <= MAX_INT32:
-            refuse(f"aux_scalars[{i}]", "an int of 32 bits", scalar)
-    return (*tensors, *scalars)
+    return Changes(p, seed, *mods, aux, kinds, block_sparse_tensors)
 
 
 def check_beside(changes: Changes, num_splits: int, cp_world_size: int, float8: bool, softcap: bool, alibi: bool) -> None:
@@ -126,15 +99,9 @@ def problem_fields(changes: Changes) -> dict[str, Any]:
         "dropout": changes.dropout_p > 0.0,
         "score_mod": changes.score_mod,
         "mask_mod": changes.mask_mod,
-        "aux": tuple(map(_kind, changes.aux)),
+        "aux": changes.aux_kinds,
         "sparse_block": () if changes.blocks is None else changes.blocks.block_size,
     }
-
-
-def _kind(given: torch.Tensor | float) -> tuple[str, int]:
-    if isinstance(given, torch.Tensor):
-        return AUX_DTYPES[given.dtype], given.dim()
-    return ("int32" if isinstance(given, int) else "float32"), -1
 
 
 def signature(changes: Changes) -> tuple:

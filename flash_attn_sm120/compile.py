@@ -15,6 +15,7 @@ from flash_attn_sm120 import cubin
 from flash_attn_sm120.arguments import (
     Arguments,
     BlockLists,
+    ClassifyArguments,
     CombineArguments,
     Dropout,
     Lengths,
@@ -23,42 +24,44 @@ from flash_attn_sm120.arguments import (
     Partials,
 )
 from flash_attn_sm120.dispatch import Plan, candidates
+from flash_attn_sm120.kernels.classify import ClassifyBlocks
 from flash_attn_sm120.kernels.combine import FlashAttentionCombine
 from flash_attn_sm120.kernels.decode import FlashAttentionDecodeSm120
 from flash_attn_sm120.kernels.forward import FlashAttentionForwardSm120
 from flash_attn_sm120.kernels.forward_tma import FlashAttentionForwardSm120Tma
-from flash_attn_sm120.problem import AttentionProblem, CombineProblem
+from flash_attn_sm120.problem import AttentionProblem, ClassifyProblem, CombineProblem
 
 KERNELS = {
     "forward": FlashAttentionForwardSm120,
     "forward_tma": FlashAttentionForwardSm120Tma,
     "decode": FlashAttentionDecodeSm120,
     "combine": FlashAttentionCombine,
+    "classify": ClassifyBlocks,
 }
 DTYPES = {
     "bfloat16": cutlass.BFloat16,
     "float16": cutlass.Float16,
     "float32": Float32,
-    "float8_e4m3fn": cutlass.Float8E4M3FN,
-    "float8_e5m2": cutlass.Float8E5M2,
-    "float64": cutlass.Float64,
+    "bool": cutlass.Boolean,
+    "uint8": cutlass.Uint8,
     "int8": cutlass.Int8,
     "int16": cutlass.Int16,
     "int32": Int32,
-    "int64": Int64,
-    "uint8": cutlass.Uint8,
-    "bool": cutlass.Boolean,
+    "int64": cutlass.Int64,
+    "float8_e4m3fn": cutlass.Float8E4M3FN,
+    "float8_e5m2": cutlass.Float8E5M2,
 }
+Problem = AttentionProblem | CombineProblem | ClassifyProblem
 
-_loaded: dict[tuple[AttentionProblem | CombineProblem, str], Callable] = {}
+_loaded: dict[tuple[Problem, str], Callable] = {}
 _lock = threading.Lock()
 
 
-def load(problem: AttentionProblem | CombineProblem, arch: str) -> Callable:
+def load(problem: Problem, arch: str) -> Callable:
     """The launcher for a problem on a target such as "sm_120a"; compiled on first use, by one thread at a time.
 
-    Call it as fn(*arguments.Arguments(...)), and Partials or None for a decode problem, or CombineArguments for a
-    CombineProblem; plain tuples serve as groups. It launches on PyTorch's current stream.
+    Call it as fn(*arguments.Arguments(...)), and Partials or None for a decode problem, or CombineArguments or
+    ClassifyArguments for their problems; plain tuples serve as groups. It launches on PyTorch's current stream.
     """
     key = (problem, arch)
     launcher = _loaded.get(key)
@@ -70,9 +73,9 @@ def load(problem: AttentionProblem | CombineProblem, arch: str) -> Callable:
     return launcher
 
 
-def build_best(problem: AttentionProblem | CombineProblem, arch: str, keep: bool = False):
+def build_best(problem: Problem, arch: str, keep: bool = False):
     """Compiles the first of the problem's plans that needs no stack, as far as there is a choice; see build."""
-    plans = [None] if isinstance(problem, CombineProblem) else candidates(problem, arch)
+    plans = candidates(problem, arch) if isinstance(problem, AttentionProblem) else [None]
     for plan in plans[:-1]:
         built = build(problem, plan, arch, keep=True)
         if not any(kernel.stack_bytes for kernel in cubin.read(built.__cubin__)):
@@ -80,16 +83,20 @@ def build_best(problem: AttentionProblem | CombineProblem, arch: str, keep: bool
     return build(problem, plans[-1], arch, keep)
 
 
-def build(problem: AttentionProblem | CombineProblem, plan: Plan | None, arch: str, keep: bool = False):
+def build(problem: Problem, plan: Plan | None, arch: str, keep: bool = False):
     """Compiles for `arch`, with or without a GPU here. keep: the result carries __ptx__ and __cubin__."""
-    kernel = KERNELS["combine"](problem) if plan is None else KERNELS[plan.kernel](problem, plan)
+    if isinstance(problem, AttentionProblem):
+        kernel, arguments = KERNELS[plan.kernel](problem, plan), _signature(problem)
+    elif isinstance(problem, CombineProblem):
+        kernel, arguments = KERNELS["combine"](problem), _combine_signature(problem)
+    else:
+        kernel, arguments = KERNELS["classify"](problem), _classify_signature(problem)
     options = f"--enable-tvm-ffi --gpu-arch {arch}"
     with warnings.catch_warnings(), tempfile.TemporaryDirectory() as folder:
         # A group of arguments that is empty for a problem is no mistake.
-        warnings.filterwarnings("ignore", message=r"Argument (lengths|modifiers) .* cannot be converted")
+        warnings.filterwarnings("ignore", message=r"Argument (lengths|modifiers|aux) .* cannot be converted")
         if keep:  # what is kept is written to files too, by default in the current directory
             options += f" --generate-line-info --keep-ptx --keep-cubin --dump-dir {folder}"
-        arguments = _combine_signature(problem) if isinstance(problem, CombineProblem) else _signature(problem)
         return cute.compile(kernel, *arguments, make_fake_stream(use_tvm_ffi_env_stream=True), options=options)
 
 
@@ -115,7 +122,7 @@ def _signature(problem: AttentionProblem) -> tuple:
         v_descale=_strided(Float32, 2) if problem.v_descale else None,
         dropout=Dropout(_rows(Int64, 1), Int32(0), Float32(0)) if problem.dropout else None,
         blocks=BlockLists(*(_strided(Int32, rank) for rank in (3, 4, 3, 4))) if problem.block_sparse else None,
-        aux=tuple(_aux(DTYPES[dtype], rank) for dtype, rank in problem.aux),
+        aux=_aux_signature(problem.aux),
     )
     numbers = Numbers(Float32(0), Float32(0), *[Int32(0)] * (len(Numbers._fields) - 2))
     arguments = tuple(Arguments(q, k, v, out, lse, lengths, modifiers, numbers))
@@ -141,6 +148,27 @@ def _combine_signature(problem: CombineProblem) -> tuple:
     return tuple(arguments)
 
 
+def _classify_signature(problem: ClassifyProblem) -> tuple:
+    """The arguments of the classifier's __call__ as types."""
+    flags = (problem.packed_q, problem.packed_k, problem.seqused_q, problem.seqused_k)
+    arguments = ClassifyArguments(
+        mask_block_cnt=_rows(Int32, 3),
+        mask_block_idx=_rows(Int32, 4),
+        full_block_cnt=_rows(Int32, 3),
+        full_block_idx=_rows(Int32, 4),
+        lengths=Lengths(*[_rows(Int32, 1) if flag else None for flag in flags]),
+        aux=_aux_signature(problem.aux),
+        seqlen_q=Int32(0),
+        seqlen_k=Int32(0),
+    )
+    return tuple(arguments)
+
+
+def _aux_signature(aux: tuple) -> tuple:
+    """What a mod reads: tensors of any strides, and scalars."""
+    return tuple(DTYPES[entry](0) if isinstance(entry, str) else _strided(DTYPES[entry[0]], entry[1]) for entry in aux)
+
+
 def _matrix(dtype: type, rank: int):
     """Last dimension contiguous; address and the other strides, which are 64-bit, of whole 16 bytes."""
     return _tensor(dtype, rank, 16, 128 // dtype.width, last=1)
@@ -148,7 +176,7 @@ def _matrix(dtype: type, rank: int):
 
 def _rows(dtype: type, rank: int):
     """Last dimension contiguous; the other strides 64-bit."""
-    return _tensor(dtype, rank, dtype.width // 8, 1, last=1)
+    return _tensor(dtype, rank, max(1, dtype.width // 8), 1, last=1)
 
 
 def _strided(dtype: type, rank: int):
@@ -156,10 +184,6 @@ def _strided(dtype: type, rank: int):
     shape, stride = (tuple(kind() for _ in range(rank)) for kind in (cute.sym_int32, cute.sym_int64))
     return make_fake_tensor(dtype, shape, stride, assumed_align=max(dtype.width // 8, 1))
 
-
-def _aux(dtype: type, rank: int):
-    """A tensor of any strides, or a number where rank is -1."""
-    return dtype(0) if rank < 0 else _strided(dtype, rank)
 
 
 def _tensor(dtype: type, rank: int, align: int, divisibility: int, last):

@@ -9,9 +9,9 @@ from contextlib import contextmanager
 import torch
 
 from flash_attn_sm120 import calls, checks
-from flash_attn_sm120.problem import AttentionProblem, CombineProblem
+from flash_attn_sm120.problem import AttentionProblem, ClassifyProblem, CombineProblem
 
-Problem = AttentionProblem | CombineProblem
+Problem = AttentionProblem | CombineProblem | ClassifyProblem
 
 _launchers: dict[tuple[Problem, torch.device], Callable] = {}
 _targets: dict[int, str] = {}

@@ -1,4 +1,4 @@
-"""AttentionProblem and CombineProblem: everything that selects machine code, and nothing else. The compile keys."""
+"""AttentionProblem, CombineProblem, ClassifyProblem: all that selects machine code, and no more. The compile keys."""
 
 from __future__ import annotations
 
@@ -9,7 +9,10 @@ MAX_HEAD_DIM = 256
 DTYPES = ("bfloat16", "float16")
 FP8_DTYPES = ("float8_e4m3fn", "float8_e5m2")
 MASKS = ("full", "causal", "local")
-SPARSE_UNIT = 64  # rows and columns of a sparse block are multiples of it
+SPARSE_UNITS = (64, 32)  # rows and columns of a sparse block are multiples of them
+# Of the tensors that a mod reads; scalars are int32 or float32.
+AUX_DTYPES = ("bool", "uint8", "int8", "int16", "int32", "int64", "float16", "bfloat16", "float32")
+AUX_SCALARS = ("int32", "float32")
 ELEMENT_BYTES = 2  # of q, out and all that the matrix instructions read
 
 
@@ -56,7 +59,7 @@ class AttentionProblem:
     split: blocks of the decode kernel take a part of the keys each, and their float32 results are combined.
     dropout: weights are dropped at random.
     score_mod, mask_mod: functions of the caller that change scores, and that say which stay.
-    aux: (dtype, rank) of each tensor that they read, with rank -1 for numbers ("int32" or "float32"), which stand last.
+    aux: (dtype, rank) of each tensor that they read, then "int32" or "float32" for each number.
     sparse_block: (rows, columns) of a block of the lists that say which are computed; () without lists.
     """
 
@@ -84,7 +87,7 @@ class AttentionProblem:
     dropout: bool = False
     score_mod: Mod | None = None
     mask_mod: Mod | None = None
-    aux: tuple[tuple[str, int], ...] = ()
+    aux: tuple[tuple[str, int] | str, ...] = ()
     sparse_block: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
@@ -102,8 +105,8 @@ class AttentionProblem:
             value = getattr(self, name)
             if value % 8 or not 8 <= value <= MAX_HEAD_DIM:
                 raise ValueError(f"{name}: expected a multiple of 8 from 8 to {MAX_HEAD_DIM}, got {value}")
-        if self.sparse_block and any(size % SPARSE_UNIT or size <= 0 for size in self.sparse_block):
-            raise ValueError(f"sparse_block: expected multiples of {SPARSE_UNIT}, got {self.sparse_block}")
+        if any(size % unit or size <= 0 for size, unit in zip(self.sparse_block, SPARSE_UNITS, strict=False)):
+            raise ValueError(f"sparse_block: expected multiples of {SPARSE_UNITS}, got {self.sparse_block}")
         if self.split and not self.decode:
             raise ValueError("split: expected False where decode is, got True")
 
@@ -155,3 +158,32 @@ class CombineProblem:
             raise ValueError(f"head_dim_v: expected a multiple of 8 from 8 to {MAX_HEAD_DIM}, got {self.head_dim_v}")
         if self.sink not in ("", "bfloat16", "float32"):
             raise ValueError(f"sink: expected '', 'bfloat16' or 'float32', got {self.sink!r}")
+
+
+@dataclass(frozen=True, slots=True)
+class ClassifyProblem:
+    """One sorting of a mask's blocks into full and partly visible ones, up to sizes that are only known at run time.
+
+    mask_mod: which row sees which column.
+    block_size: rows and columns of a block.
+    aux: what the mask_mod reads: (dtype, rank) of each tensor, then "int32" or "float32" of each scalar.
+    packed_q, packed_k: lengths and places of sequences come from cu_seqlens. seqused_q, seqused_k: from seqused.
+    """
+
+    mask_mod: Mod
+    block_size: tuple[int, int] = (128, 128)
+    aux: tuple[tuple[str, int] | str, ...] = ()
+    packed_q: bool = False
+    packed_k: bool = False
+    seqused_q: bool = False
+    seqused_k: bool = False
+
+    def __post_init__(self) -> None:
+        rows, cols = self.block_size
+        if rows <= 0 or rows % 64 or cols <= 0 or cols % 32:
+            expected = "rows a multiple of 64 and columns a multiple of 32, both > 0"
+            raise ValueError(f"block_size: expected {expected}, got {self.block_size}")
+        for entry in self.aux:
+            if entry not in AUX_SCALARS if isinstance(entry, str) else entry[0] not in AUX_DTYPES:
+                expected = f"(one of {AUX_DTYPES}, rank) or one of {AUX_SCALARS}"
+                raise ValueError(f"aux: expected {expected}, got {entry!r}")

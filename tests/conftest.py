@@ -8,9 +8,9 @@ import stand_in
 import torch
 
 from flash_attn_sm120 import calls, dispatch, launchers
-from flash_attn_sm120.arguments import Arguments, CombineArguments, Lengths, Modifiers, Partials
+from flash_attn_sm120.arguments import Arguments, ClassifyArguments, CombineArguments, Lengths, Modifiers, Partials
 from flash_attn_sm120.launchers import launches_on_cpu
-from flash_attn_sm120.problem import CombineProblem
+from flash_attn_sm120.problem import ClassifyProblem, CombineProblem
 
 
 @dataclass(frozen=True)
@@ -67,7 +67,8 @@ def seed(request):
 class Recorder:
     """Stands in for the kernels: keeps what the interface would launch, and writes ones.
 
-    calls: Arguments or CombineArguments; partials: of each call of the decode kernel."""
+    calls: Arguments, CombineArguments or ClassifyArguments, whose lists stay as they are; partials: of each call of the
+    decode kernel."""
 
     def __init__(self):
         self.problems, self.calls, self.partials = [], [], []
@@ -76,6 +77,10 @@ class Recorder:
         self.problems.append(problem)
 
         def launch(*arguments):
+            if isinstance(problem, ClassifyProblem):
+                named = ClassifyArguments(*arguments)
+                self.calls.append(named._replace(lengths=Lengths(*named.lengths)))
+                return
             if isinstance(problem, CombineProblem):
                 named = CombineArguments(*arguments)
             else:

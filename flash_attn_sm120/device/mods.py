@@ -12,6 +12,7 @@ from cutlass import Boolean, Float32, Int32, cute
 from cutlass._mlir import ir
 from cutlass._mlir.dialects import vector as mlir_vector
 
+from flash_attn_sm120.checks import describe, refuse
 from flash_attn_sm120.problem import Mod
 
 
@@ -45,11 +46,30 @@ def vector(values: list, dtype: type) -> cute.TensorSSA:
     )
 
 
-def scalars(result: Any, count: int, dtype: type) -> list:
-    """Of what a mod returns: a vector of `count`, or one value for all of them."""
+def visible(result: Any, width: int) -> list[Boolean]:
+    """What a mask_mod returned as a Boolean for each column; one stands for all."""
+    expected = f"a vector of {width} Booleans, or one Boolean, from the function"
     if isinstance(result, cute.TensorSSA):
-        return [dtype(result[i]) for i in range(count)]
-    return [dtype(result)] * count
+        if result.dtype is not Boolean:
+            refuse("mask_mod", expected, f"a vector of {result.dtype.__name__}", TypeError)
+        count = cute.size(result.shape)
+        if count not in (1, width):
+            refuse("mask_mod", expected, f"a vector of {count}")
+        return [Boolean(result[i if count == width else 0]) for i in range(width)]
+    if not isinstance(result, (bool, Boolean)):
+        refuse("mask_mod", expected, describe(result), TypeError)
+    return [Boolean(result)] * width
+
+
+def changed(result: Any, width: int) -> list[Float32]:
+    """What a score_mod returned as a Float32 for each column."""
+    expected = f"a vector of {width} floats from the function"
+    if not isinstance(result, cute.TensorSSA) or not issubclass(result.dtype, cutlass.Float):
+        got = f"a vector of {result.dtype.__name__}" if isinstance(result, cute.TensorSSA) else describe(result)
+        refuse("score_mod", expected, got, TypeError)
+    if cute.size(result.shape) != width:
+        refuse("score_mod", expected, f"a vector of {cute.size(result.shape)}")
+    return [Float32(result[i]) for i in range(width)]
 
 
 def call_mask_mod(
@@ -58,7 +78,7 @@ def call_mask_mod(
     """Which of mod.width columns of a row stay."""
     count = len(kv_indices)
     place = [vector([value] * count, Int32) for value in (batch, head, q_idx)]
-    return scalars(mod.function(*place, vector(kv_indices, Int32), info, aux), count, Boolean)
+    return visible(mod.function(*place, vector(kv_indices, Int32), info, aux), count)
 
 
 def call_score_mod(
@@ -74,8 +94,7 @@ def call_score_mod(
     """The scores of mod.width columns of a row, as they become."""
     count = len(kv_indices)
     place = [vector([value] * count, Int32) for value in (batch, head, q_idx)]
-    result = mod.function(vector(scores, Float32), *place, vector(kv_indices, Int32), info, aux)
-    return scalars(result, count, Float32)
+    return changed(mod.function(vector(scores, Float32), *place, vector(kv_indices, Int32), info, aux), count)
 
 
 def columns_of(place: Place, n_frags: int) -> list[Int32]:

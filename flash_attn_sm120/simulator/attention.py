@@ -7,22 +7,21 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from flash_attn_sm120.arguments import Arguments, CombineArguments, Lengths, Modifiers, Numbers
-from flash_attn_sm120.problem import CombineProblem
+from flash_attn_sm120.arguments import Arguments, ClassifyArguments, CombineArguments, Lengths, Modifiers, Numbers
+from flash_attn_sm120.problem import ClassifyProblem, CombineProblem
 
 from .launch import Simulation, active, launch, simulation
 
 if TYPE_CHECKING:
-    from flash_attn_sm120.problem import AttentionProblem
+    from flash_attn_sm120.compile import Problem
 
 
 @functools.lru_cache(maxsize=128)
-def artifact(problem: AttentionProblem | CombineProblem, arch: str) -> Any:
+def artifact(problem: Problem, arch: str) -> Any:
     """The problem's kernel as dispatch and compile make it, with its PTX kept."""
-    from flash_attn_sm120.compile import build
-    from flash_attn_sm120.dispatch import choose
+    from flash_attn_sm120.compile import build_best
 
-    return build(problem, choose(problem, arch), arch, keep=True)
+    return build_best(problem, arch, keep=True)
 
 
 class _Partials(NamedTuple):
@@ -34,7 +33,7 @@ class _Partials(NamedTuple):
     slots: Any
 
 
-def load(problem: AttentionProblem | CombineProblem, arch: str | None = None) -> Callable[..., None]:
+def load(problem: Problem, arch: str | None = None) -> Callable[..., None]:
     """The launcher for a problem that runs on the interpreter: compile.load's arguments, as CPU tensors."""
     current = active()
     kernel = artifact(problem, arch or (current.arch if current else "sm_120a"))
@@ -53,7 +52,13 @@ def load(problem: AttentionProblem | CombineProblem, arch: str | None = None) ->
         given = CombineArguments(*values)
         launch(kernel, given, names=given._fields, outputs=_outputs(given.out, given.lse, given.cu_seqlens))
 
-    return run_combine if isinstance(problem, CombineProblem) else run
+    def run_classify(*values: Any) -> None:
+        given = ClassifyArguments(*values)
+        given = given._replace(lengths=Lengths(*given.lengths))
+        counts = {name: getattr(given, name) for name in ("mask_block_cnt", "full_block_cnt")}
+        launch(kernel, given, names=given._fields, outputs=counts)
+
+    return {CombineProblem: run_combine, ClassifyProblem: run_classify}.get(type(problem), run)
 
 
 def _outputs(out: Any, lse: Any | None, cu_seqlens_q: Any | None) -> dict[str, Any]:

@@ -417,6 +417,12 @@ def _comparison(name: str, is_float: bool):
     return _COMPARE[name]
 
 
+def _read_number(m, operand, dtype: str):
+    """As m.read, bf16 as the float32 of the same value."""
+    read = m.read(operand, dtype)
+    return (lambda S: bf16_to_f32(read(S))) if dtype == "bf16" else read
+
+
 @operation("setp")
 def _setp(m, ins):
     modifiers, dtype = list(ins.parts[1:-1]), ins.parts[-1]
@@ -425,10 +431,10 @@ def _setp(m, ins):
     if len(modifiers) > 2:
         raise unsupported(ins)
     fn = _comparison(modifiers[0], dtype in _FLOATS)
-    if dtype not in ("f32", "f64") and dtype in _FLOATS:
+    if dtype.endswith("x2") or (ftz and dtype != "f32"):
         raise unsupported(ins)
     join = _JOIN[modifiers[1]] if len(modifiers) > 1 else None
-    a, b = m.read(ins.args[1], dtype), m.read(ins.args[2], dtype)
+    a, b = (_read_number(m, operand, dtype) for operand in ins.args[1:3])
     third = m.read(ins.args[3], "pred") if join else None
     destination, other = ins.args[0], None
     if isinstance(destination, Pair):

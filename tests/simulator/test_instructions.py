@@ -133,6 +133,26 @@ def test_float(text, formula):
     np.testing.assert_array_equal(result, expected)
 
 
+@pytest.mark.parametrize("kind", ["f16", "bf16"])
+@pytest.mark.parametrize(
+    "name, formula", [("lt", np.less), ("neu", np.not_equal), ("eq", np.equal), ("ge", np.greater_equal)]
+)
+def test_comparison_of_16_bit_floats(kind, name, formula):
+    """Values, infinities, zeros of both signs and NaN; as bits, negative numbers would come out in the wrong order."""
+    edges = np.array([0.0, -0.0, 1.0, -1.0, -2.0, np.inf, -np.inf, np.nan], np.float32)
+    a, b = np.repeat(edges, 32), np.tile(edges, 32)
+    bits = [x.astype(np.float16).view(np.uint16) if kind == "f16" else (x.view(np.uint32) >> 16) for x in (a, b)]
+    text = f"setp.{name}.{kind} %p1, %a, %b; selp.u32 %o, 1, 0, %p1;"
+    result = elementwise(text, [x.astype(np.uint16) for x in bits], np.uint32)
+    np.testing.assert_array_equal(result, formula(a, b))
+
+
+@pytest.mark.parametrize("kind", ["ftz.f16", "f16x2", "bf16x2"])
+def test_comparison_that_is_not_offered(kind):
+    with pytest.raises(UnsupportedInstruction, match="setp"):
+        elementwise(f"setp.lt.{kind} %p1, %a, %b; mov.b32 %o, 0;", [U32[0], U32[1]], np.uint32)
+
+
 @pytest.mark.parametrize(
     "text, formula, bound",
     [

@@ -1,0 +1,65 @@
+"""Masks for tests of block sparsity: as functions that kernels call, and as the dense masks that they stand for."""
+
+import sys
+import types
+
+import torch
+
+from flash_attn_sm120.problem import Mod
+
+try:
+    from flash_attn_sm120 import mod_key  # noqa: F401
+except ImportError:  # the branch that brings it isn't merged yet
+    stand_in = types.ModuleType("flash_attn_sm120.mod_key")
+    stand_in.mod_of = lambda name, function: (
+        function
+        and Mod(f"{function.__module__}.{function.__qualname__}", getattr(function, "__vec_size__", 1), function)
+    )
+    sys.modules["flash_attn_sm120.mod_key"] = stand_in
+
+
+def places(seqlen_q, seqlen_k, device="cpu"):
+    """Rows (seqlen_q, 1) and columns (1, seqlen_k)."""
+    return torch.arange(seqlen_q, device=device)[:, None], torch.arange(seqlen_k, device=device)[None]
+
+
+def causal(seqlen_q, seqlen_k, device="cpu"):
+    q, k = places(seqlen_q, seqlen_k, device)
+    return (q + seqlen_k - seqlen_q >= k)[None, None]
+
+
+def window(seqlen_q, seqlen_k, width, device="cpu"):
+    q, k = places(seqlen_q, seqlen_k, device)
+    return ((q - k).abs() <= width)[None, None]
+
+
+def brute_lists(mask, rows, cols):
+    """{(batch, head, m_block): (masked blocks, full blocks)} of a dense mask, by looking at each block."""
+    batch, heads, seqlen_q, seqlen_k = mask.shape
+    found = {}
+    for b in range(batch):
+        for h in range(heads):
+            for m in range(-(-seqlen_q // rows)):
+                masked, full = found.setdefault((b, h, m), ([], []))
+                for n in range(-(-seqlen_k // cols)):
+                    block = mask[b, h, m * rows : (m + 1) * rows, n * cols : (n + 1) * cols]
+                    if block.all():
+                        full.append(n)
+                    elif block.any():
+                        masked.append(n)
+    return found
+
+
+def lists_of(sparse):
+    """The same of BlockSparseTensors, which have both lists."""
+    found = {}
+    pairs = (
+        (sparse.mask_block_cnt, sparse.mask_block_idx),
+        (sparse.full_block_cnt, sparse.full_block_idx),
+    )
+    for cnt, idx in pairs:
+        for b in range(cnt.shape[0]):
+            for h in range(cnt.shape[1]):
+                for m in range(cnt.shape[2]):
+                    found.setdefault((b, h, m), []).append(idx[b, h, m, : cnt[b, h, m]].tolist())
+    return {place: tuple(lists) for place, lists in found.items()}
