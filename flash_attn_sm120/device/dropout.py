@@ -46,6 +46,16 @@ class Dropper:
     first_col: Int32  # of the block, a multiple of its columns
     quad: Int32  # of the lane
 
+    def drop(self, tOrP: list) -> list:
+        """What is left of P as update of softmax.py returns it."""
+        left = [[list(pairs) for pairs in row] for row in tOrP]
+        for r in range(len(self.rows)):
+            m, half = r // 2, r % 2
+            for n, mask in enumerate(self.kept(r, 2 * len(left[m]))):
+                place = 2 * (n % 2) + half
+                left[m][n // 2][place] = left[m][n // 2][place] & mask
+        return left
+
     def kept(self, r: int, n_frags: int) -> list[Int32]:
         """Masks of the packed pairs of row r, one for each eighth of columns."""
         words = []

@@ -282,8 +282,9 @@ class ForwardTile:
             self.add_alibi(n)
         if cutlass.const_expr(masked):
             self.mask(n)
-        dropper = self.dropper(n) if config.problem.dropout else None
-        tOrP = self.softmax.update(self.tSrS, self.tOrO, config.mma_dtype, dropper)
+        tOrP = self.softmax.update(self.tSrS, self.tOrO, config.mma_dtype)
+        if cutlass.const_expr(config.problem.dropout):
+            tOrP = self.dropper(n).drop(tOrP)
         sV = config.layout_v.matrix(shared, self.lane, config.offset_v)
         pv_product(sV, tOrP, self.tOrO, config.mma_dtype)
 

@@ -83,14 +83,13 @@ class SparseTile(ForwardTile):
             stage.wait_for_k()
             self.block(bs_n, bs_i, True, True)
             bs_i = bs_i + 1
-        bs_n = self.number(bs_i)
         while bs_i < self.counts()[0] + self.counts()[1]:
-            bs_next, stage = self.number(bs_i + 1), self.stage(bs_i)
+            bs_n, stage = self.number(bs_i), self.stage(bs_i)
             stage.wait_for_k()
             blocks = read_blocks(self.note)
             if (bs_n >= blocks.right_edge) | (bs_n < blocks.left_edge):
                 self.block(bs_n, bs_i, True, False)
             else:
                 self.block(bs_n, bs_i, False, False)
-            bs_n, bs_i = bs_next, bs_i + 1
+            bs_i = bs_i + 1
         self.stop_multiplying()

@@ -5,6 +5,8 @@ Source: PyTorch's FlexAttention (2024); the signatures are those of flash-attn's
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import cutlass
@@ -97,35 +99,31 @@ def call_score_mod(
     return changed(mod.function(vector(scores, Float32), *place, vector(kv_indices, Int32), info, aux), count)
 
 
-def columns_of(place: Place, n_frags: int) -> list[Int32]:
-    """The thread's columns of a block, in order."""
-    own = place.first_col + 2 * (place.lane % 4)
-    columns = [own + (8 * n + j) for n in range(n_frags) for j in range(2)]
-    if place.last_col is None:
-        return columns
-    return [cutlass.min(column, place.last_col) for column in columns]
+def chunks_of(place: Place, n_frags: int, width: int) -> Iterator[tuple[int, list[tuple[int, int, int]], list[Int32]]]:
+    """(row, places of up to `width` of its scores, their columns), rows fastest: what follows from a column alone is
+    used by all rows and then needs no register."""
+    own_col = place.first_col + 2 * (place.lane % 4)
+    for first in range(0, 2 * n_frags, width):
+        own = range(first, min(first + width, 2 * n_frags))
+        columns = [own_col + (c // 2 * 8 + c % 2) for c in own]
+        if place.last_col is not None:
+            columns = [cutlass.min(column, place.last_col) for column in columns]
+        for r in range(len(place.q_idx)):
+            yield r, [(r // 2, c // 2, 2 * (r % 2) + c % 2) for c in own], columns
 
 
 def apply_score_mod(tSrS: cute.Tensor, mod: Mod, scales: list[Float32], place: Place, aux: tuple) -> None:
     """score -> mod(score * scale), in natural units. scales: of the thread's rows."""
-    columns = columns_of(place, tSrS.shape[1])
-    for r, row in enumerate(place.q_idx):
-        for first in range(0, len(columns), mod.width):
-            own = [(r // 2, c // 2, 2 * (r % 2) + c % 2) for c in range(first, min(first + mod.width, len(columns)))]
-            scores = [tSrS[at] * scales[r] for at in own]
-            indices = columns[first : first + len(own)]
-            results = call_score_mod(mod, scores, place.batch, place.head, row, indices, place.info, aux)
-            for at, result in zip(own, results, strict=True):
-                tSrS[at] = result
+    for r, own, columns in chunks_of(place, tSrS.shape[1], mod.width):
+        scores = [tSrS[at] * scales[r] for at in own]
+        results = call_score_mod(mod, scores, place.batch, place.head, place.q_idx[r], columns, place.info, aux)
+        for at, result in zip(own, results, strict=True):
+            tSrS[at] = result
 
 
 def apply_mask_mod(tSrS: cute.Tensor, mod: Mod, place: Place, aux: tuple) -> None:
     """Scores that mod doesn't keep become -inf."""
-    columns = columns_of(place, tSrS.shape[1])
-    for r, row in enumerate(place.q_idx):
-        for first in range(0, len(columns), mod.width):
-            own = [(r // 2, c // 2, 2 * (r % 2) + c % 2) for c in range(first, min(first + mod.width, len(columns)))]
-            indices = columns[first : first + len(own)]
-            kept = call_mask_mod(mod, place.batch, place.head, row, indices, place.info, aux)
-            for at, keep in zip(own, kept, strict=True):
-                tSrS[at] = cutlass.select_(keep, tSrS[at], Float32(-float("inf")))
+    for r, own, columns in chunks_of(place, tSrS.shape[1], mod.width):
+        kept = call_mask_mod(mod, place.batch, place.head, place.q_idx[r], columns, place.info, aux)
+        for at, keep in zip(own, kept, strict=True):
+            tSrS[at] = cutlass.select_(keep, tSrS[at], Float32(-math.inf))

@@ -48,8 +48,9 @@ def apply_softcap(tSrS: cute.Tensor, inner_scales: list[Float32], cap_scale: Flo
 
 
 def in_base_2(problem: AttentionProblem, numbers: Numbers) -> Numbers:
-    """softmax_scale becomes what a raw score is multiplied by, softcap the cap_scale of apply_softcap."""
-    if problem.score_mod is not None:  # it wants scores as they are
+    """softmax_scale becomes what a raw score is multiplied by, softcap the cap_scale of apply_softcap; neither where a
+    score_mod wants natural units."""
+    if problem.score_mod is not None:
         return numbers
     scale = numbers.softmax_scale * math.log2(math.e)
     if not problem.softcap:
@@ -86,16 +87,16 @@ class OnlineSoftmax:
             self.row_sum[r] = Float32(0.0)
 
     @cute.jit
-    def update(self, tSrS: cute.Tensor, tOrO: cute.Tensor, dtype: cutlass.Constexpr, dropper=None) -> list:
+    def update(self, tSrS: cute.Tensor, tOrO: cute.Tensor, dtype: cutlass.Constexpr) -> list:
         """Takes a block's scores in: rescales tOrO, returns P (not yet divided by the row sums) as A operand of P V,
-        [m][16 keys] -> packed pairs (rows 0-7, 8-15 of keys 0-7, then of keys 8-15), without what the dropper drops."""
+        [m][16 keys] -> packed pairs (rows 0-7, 8-15 of keys 0-7, then of keys 8-15)."""
         new_max = [self._block_max(tSrS, r) for r in range(self.rows)]
         grown = cutlass.Boolean(False)
         for r in cutlass.range_constexpr(self.rows):
             grown = grown | ((new_max[r] - self.row_max[r]) * self.scales[r] > GROWTH)
         if cute.arch.vote_any_sync(grown):
             self._rescale(new_max, tOrO)
-        return self._probabilities(tSrS, dtype, dropper)
+        return self._probabilities(tSrS, dtype)
 
     def _block_max(self, tSrS: cute.Tensor, r: int) -> Float32:
         m, half = r // 2, r % 2
@@ -111,7 +112,7 @@ class OnlineSoftmax:
         for m, n, i in elements(tOrO):
             tOrO[m, n, i] = tOrO[m, n, i] * factors[2 * m + i // 2]
 
-    def _probabilities(self, tSrS: cute.Tensor, dtype: str, dropper) -> list:
+    def _probabilities(self, tSrS: cute.Tensor, dtype: str) -> list:
         """A row's exponentials are added in pairs, so that no step waits for all before it, or one by one where a wide
         block or Q leaves no registers for that."""
         m_frags, n_frags, _ = tSrS.shape
@@ -121,7 +122,6 @@ class OnlineSoftmax:
             m, half = r // 2, r % 2
             offset = -self.row_max[r] * self.scales[r]
             sums = []
-            kept = [] if dropper is None else dropper.kept(r, n_frags)
             for n in range(n_frags):
                 low, high = (exp2(fma(tSrS[m, n, 2 * half + j], self.scales[r], offset)) for j in range(2))
                 if in_pairs:
@@ -129,8 +129,6 @@ class OnlineSoftmax:
                 else:
                     self.row_sum[r] = (self.row_sum[r] + low) + high
                 pairs[m, half, n] = pack_pair(low, high, dtype)
-                if kept:
-                    pairs[m, half, n] = pairs[m, half, n] & kept[n]
             if sums:
                 self.row_sum[r] = self.row_sum[r] + tree_reduce(sums, operator.add)
         return [

@@ -122,8 +122,9 @@ class SharedMemory:
             raise MemoryFault("shared-memory race", f"read not ordered after {who}", bad)
         if column is not None:
             self._check_fence(granules, wide, flat.ndim)
-        columns = self.local[wide] if column is None else column
-        self.read_clock.put(granules * (2 * self.warps) + columns, self.own_clock(wide) if clock is None else clock)
+        places = granules * (2 * self.warps) + (self.local[wide] if column is None else column)
+        clocks = self.own_clock(wide) if clock is None else clock
+        self.read_clock.put(places, np.broadcast_to(clocks, places.shape))
 
     def fence(self, warps: np.ndarray) -> None:
         """fence.proxy.async: all that is ordered before these warps is visible to the asynchronous engine."""
