@@ -8,23 +8,13 @@ from typing import Any
 import torch
 
 from flash_attn_sm120.checks import describe, refuse
+from flash_attn_sm120.problem import AUX_DTYPES
 
 ARGUMENT = "block_sparse_tensors"
 LISTS = ("mask", "full")
 LENGTHS = ("cu_seqlens_q", "cu_seqlens_k", "seqused_q", "seqused_k")
 FORM = "block_sparse.BlockSparseTensors"
-# Of the tensors that a mod reads.
-AUX_NAMES = {
-    torch.bool: "bool",
-    torch.uint8: "uint8",
-    torch.int8: "int8",
-    torch.int16: "int16",
-    torch.int32: "int32",
-    torch.int64: "int64",
-    torch.float16: "float16",
-    torch.bfloat16: "bfloat16",
-    torch.float32: "float32",
-}
+AUX_NAMES = {getattr(torch, name): name for name in AUX_DTYPES}
 
 
 def check_size(name: str, value: Any, least: int = 0) -> int:
