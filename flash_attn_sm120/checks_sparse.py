@@ -8,23 +8,13 @@ from typing import Any
 import torch
 
 from flash_attn_sm120.checks import describe, refuse
+from flash_attn_sm120.problem import AUX_DTYPES
 
 ARGUMENT = "block_sparse_tensors"
 LISTS = ("mask", "full")
 LENGTHS = ("cu_seqlens_q", "cu_seqlens_k", "seqused_q", "seqused_k")
 FORM = "block_sparse.BlockSparseTensors"
-# Of the tensors that a mod reads.
-AUX_NAMES = {
-    torch.bool: "bool",
-    torch.uint8: "uint8",
-    torch.int8: "int8",
-    torch.int16: "int16",
-    torch.int32: "int32",
-    torch.int64: "int64",
-    torch.float16: "float16",
-    torch.bfloat16: "bfloat16",
-    torch.float32: "float32",
-}
+AUX_NAMES = {getattr(torch, name): name for name in AUX_DTYPES}
 
 
 def check_size(name: str, value: Any, least: int = 0) -> int:
@@ -126,7 +116,7 @@ def check_block_sparse_values(sparse: Any, seqlen_k: int | None) -> None:
     sparse: BlockSparseTensors that check_block_sparse has passed. seqlen_k: of all sequences, or the most that one has;
     None where that isn't known. Raises ValueError, which names the list, batch, head, m_block, position and value."""
     cols, found = sparse.block_size[1], []
-    n_blocks = 2**31 if seqlen_k is None else -(-seqlen_k // cols)
+    last = 2**31 - 1 if seqlen_k is None else -(-seqlen_k // cols) - 1
     for kind in LISTS:
         cnt, idx = (getattr(sparse, f"{kind}_block_{part}") for part in ("cnt", "idx"))
         if cnt is None:
@@ -136,8 +126,10 @@ def check_block_sparse_values(sparse: Any, seqlen_k: int | None) -> None:
         _refuse_first(f"{kind}_block_cnt", (cnt < 0) | (cnt > room), cnt, f"from 0 to {room}, the n_blocks of idx")
         valid = torch.arange(room) < cnt[..., None]
         name = f"{kind}_block_idx"
-        expected = f"from 0 to {n_blocks - 1}, the blocks of {cols} columns in seqlen_k"
-        _refuse_first(name, valid & ((idx < 0) | (idx >= n_blocks)), idx, expected)
+        expected = (
+            f"from 0 to {last}" if seqlen_k is None else f"from 0 to {last}, the blocks of {cols} columns in seqlen_k"
+        )
+        _refuse_first(name, valid & ((idx < 0) | (idx > last)), idx, expected)
         falls = torch.nn.functional.pad(idx[..., 1:] <= idx[..., :-1], (1, 0))
         _refuse_first(name, valid & falls, idx, "indices that rise from position to position")
         found.append((valid, idx))

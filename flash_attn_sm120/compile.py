@@ -38,6 +38,7 @@ KERNELS = {
     "combine": FlashAttentionCombine,
     "classify": ClassifyBlocks,
 }
+ONE_WAY = {CombineProblem: "combine", ClassifyProblem: "classify"}  # problems without a plan
 DTYPES = {
     "bfloat16": cutlass.BFloat16,
     "float16": cutlass.Float16,
@@ -85,18 +86,15 @@ def build_best(problem: Problem, arch: str, keep: bool = False):
 
 def build(problem: Problem, plan: Plan | None, arch: str, keep: bool = False):
     """Compiles for `arch`, with or without a GPU here. keep: the result carries __ptx__ and __cubin__."""
-    if isinstance(problem, AttentionProblem):
-        kernel, arguments = KERNELS[plan.kernel](problem, plan), _signature(problem)
-    elif isinstance(problem, CombineProblem):
-        kernel, arguments = KERNELS["combine"](problem), _combine_signature(problem)
-    else:
-        kernel, arguments = KERNELS["classify"](problem), _classify_signature(problem)
+    kernel = KERNELS[ONE_WAY[type(problem)]](problem) if plan is None else KERNELS[plan.kernel](problem, plan)
     options = f"--enable-tvm-ffi --gpu-arch {arch}"
     with warnings.catch_warnings(), tempfile.TemporaryDirectory() as folder:
         # A group of arguments that is empty for a problem is no mistake.
         warnings.filterwarnings("ignore", message=r"Argument (lengths|modifiers|aux) .* cannot be converted")
         if keep:  # what is kept is written to files too, by default in the current directory
             options += f" --generate-line-info --keep-ptx --keep-cubin --dump-dir {folder}"
+        signature = {CombineProblem: _combine_signature, ClassifyProblem: _classify_signature}
+        arguments = signature.get(type(problem), _signature)(problem)
         return cute.compile(kernel, *arguments, make_fake_stream(use_tvm_ffi_env_stream=True), options=options)
 
 

@@ -38,6 +38,14 @@ def packed_document_mod(batch, head, q_idx, kv_idx, seqlen_info, aux_tensors):
     return ids_q[seqlen_info.offset_q + q_idx[0]] == ids_k[seqlen_info.offset_k + kv_idx[0]]
 
 
+def from_the_first_column(batch, head, q_idx, kv_idx, seqlen_info, aux_tensors):
+    """Reads only the first column of a vector: what it says of those beyond the end, or the block, mustn't count."""
+    return vector([kv_idx[0] + i < aux_tensors[0] for i in range(3)], Boolean)
+
+
+from_the_first_column.__vec_size__ = 3
+
+
 def dense_mod(batch, head, q_idx, kv_idx, seqlen_info, aux_tensors):
     mask = aux_tensors[0]
     return vector([mask[batch[0], head[0], q_idx[0], kv_idx[i]] for i in range(2)], Boolean)
@@ -123,6 +131,14 @@ def test_dense_mask_in_vectors_of_two_with_ragged_ends(device):
     dense = BlockSparseTensors.from_dense(mask, (64, 32))
     assert lists_of(dense) == lists_of(sparse)
     assert torch.equal(dense.mask_block_idx, sparse.mask_block_idx)
+
+
+@pytest.mark.parametrize("seen", [32, 64, 100])
+def test_vectors_that_reach_beyond_a_block(seen, device):
+    sparse = BlockSparseTensors.from_mask_mod(
+        from_the_first_column, None, None, 70, 100, (64, 32), device.torch_device, aux_scalars=[seen]
+    )
+    same(sparse, (places(70, 100)[1] < seen).expand(1, 1, 70, 100), (64, 32))
 
 
 @pytest.mark.parametrize("row, col", [(0, 0), (63, 31), (64, 32), (69, 100), (5, 100), (69, 0)])
