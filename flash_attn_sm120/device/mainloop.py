@@ -22,7 +22,7 @@ from flash_attn_sm120.device.fragments import accumulators
 from flash_attn_sm120.device.gemm import pv_product, qk_product
 from flash_attn_sm120.device.mask import apply_bounds, apply_mask
 from flash_attn_sm120.device.mods import Place, SeqlenInfo, apply_mask_mod, apply_score_mod
-from flash_attn_sm120.device.ptx import lane_anew, load_shared_v4, mbarrier_arrive_after, thread_anew
+from flash_attn_sm120.device.ptx import copy_anew, lane_anew, load_shared_v4, mbarrier_arrive_after, thread_anew
 from flash_attn_sm120.device.scheduler import (
     Positions,
     Tile,
@@ -261,8 +261,11 @@ class ForwardTile:
         stage = self.stage(i)
         self.scores(stage.shared)
         self.arrive(stage.bars["k_free"], self.tSrS)
+        if self.config.plan.note_bytes > TILE_NOTE_BYTES:
+            i = copy_anew(i)
+            stage = self.stage(i)
         stage.wait_for_v()
-        self.accumulate(stage.shared, n, masked, modded)
+        self.accumulate(stage.shared, n, i, masked, modded)
         self.arrive(stage.bars["v_free"], self.tOrO)
 
     def scores(self, shared: Int32) -> None:
@@ -272,21 +275,25 @@ class ForwardTile:
         qk_product(self.tSrQ, sQ, sK, self.tSrS, config.mma_dtype)
 
     @cute.jit
-    def accumulate(self, shared: Int32, n: Int32, masked: cutlass.Constexpr, modded: cutlass.Constexpr):
+    def accumulate(self, shared: Int32, n: Int32, i: Int32, masked: cutlass.Constexpr, modded: cutlass.Constexpr):
         config = self.config
         if cutlass.const_expr(config.problem.modded):
-            self.apply_mods(n, masked, modded)
+            self.apply_mods(self.number_anew(i), masked, modded)
         if cutlass.const_expr(config.problem.softcap):
             apply_softcap(self.tSrS, self.scales, self.cap_scale)
         if cutlass.const_expr(config.problem.alibi):
             self.add_alibi(n)
         if cutlass.const_expr(masked):
-            self.mask(n)
+            self.mask(self.number_anew(i) if config.problem.block_sparse else n)
         tOrP = self.softmax.update(self.tSrS, self.tOrO, config.mma_dtype)
         if cutlass.const_expr(config.problem.dropout):
-            tOrP = self.dropper(n).drop(tOrP)
+            tOrP = self.dropper(self.number_anew(i)).drop(tOrP)
         sV = config.layout_v.matrix(shared, self.lane, config.offset_v)
         pv_product(sV, tOrP, self.tOrO, config.mma_dtype)
+
+    def number_anew(self, i: Int32) -> Int32:
+        """Of the i-th block, from memory, so that no register holds it through the products."""
+        return read_blocks(self.note).end - 1 - i
 
     def apply_mods(self, n: Int32, masked: bool, modded: bool) -> None:
         problem, aux = self.config.problem, self.modifiers.aux

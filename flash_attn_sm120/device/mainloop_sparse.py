@@ -57,6 +57,9 @@ class SparseTile(ForwardTile):
         block = clamp(block, Int32(0), divide(seqlen_k, self.config.problem.sparse_block[1]))
         return block * self.tiles_a_block + (j - within * self.tiles_a_block)
 
+    def number_anew(self, i: Int32) -> Int32:
+        return self.number(i)
+
     def counts(self) -> tuple[Int32, Int32]:
         """(tiles of the mask list, of the full list) as write_note wrote them."""
         mask_tiles, full_tiles, _, _ = load_shared_v4(self.second_note + 16)
@@ -78,18 +81,33 @@ class SparseTile(ForwardTile):
         """A matrix warp: the mask list's blocks, whose places mask_mod says, then the full list's."""
         self.start_multiplying()
         bs_i = Int32(0)
-        while bs_i < self.counts()[0]:
+        while bs_i < self.listed_count():
             bs_n, stage = self.number(bs_i), self.stage(bs_i)
-            stage.wait_for_k()
-            self.block(bs_n, bs_i, True, True)
-            bs_i = bs_i + 1
-        while bs_i < self.counts()[0] + self.counts()[1]:
-            bs_n, stage = self.number(bs_i), self.stage(bs_i)
-            stage.wait_for_k()
             blocks = read_blocks(self.note)
-            if (bs_n >= blocks.right_edge) | (bs_n < blocks.left_edge):
-                self.block(bs_n, bs_i, True, False)
+            stage.wait_for_k()
+            at_edge = (bs_n >= blocks.right_edge) | (bs_n < blocks.left_edge)
+            if cutlass.const_expr(self.config.problem.mask_mod is not None):
+                if self.is_asked(bs_i):
+                    self.block(bs_n, bs_i, True, True)
+                else:
+                    self.full_block(bs_n, bs_i, at_edge)
             else:
-                self.block(bs_n, bs_i, False, False)
+                self.full_block(bs_n, bs_i, at_edge)
             bs_i = bs_i + 1
         self.stop_multiplying()
+
+    @cute.jit
+    def full_block(self, n: Int32, i: Int32, at_edge: cutlass.Boolean):
+        """Of the full list."""
+        if at_edge:
+            self.block(n, i, True, False)
+        else:
+            self.block(n, i, False, False)
+
+    def is_asked(self, i: Int32) -> cutlass.Boolean:
+        """Whether mask_mod says which places of the i-th tile are seen."""
+        return i < self.counts()[0]
+
+    def listed_count(self) -> Int32:
+        mask_tiles, full_tiles = self.counts()
+        return mask_tiles + full_tiles
