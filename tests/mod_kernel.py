@@ -111,5 +111,3 @@ def in_torch(mod, shape, info: Info, aux, scores: torch.Tensor | None = None) ->
         assert result.dtype is (torch.bool if scores is None else torch.float32)
         results.append(result.expand(shape[1:]).float())
     return torch.stack(results)
-
-

@@ -4,6 +4,8 @@ import functools
 import gc
 import importlib
 import math
+import os
+import subprocess
 import sys
 import textwrap
 import weakref
@@ -378,6 +380,21 @@ def test_attribute_of_own_module_bound_anew(modules):
     assert digest(mod) != first
     del helpers.CAP
     assert digest(mod) not in (first,)
+
+
+def test_digest_in_another_process():
+    """Neither addresses nor the order of sets go into it."""
+    source = (
+        "def helper(x):\n    return x in {'a', 'b', 'c', 'd'}\ndef mod(x, S={'k', 'l', 'm'}):\n    return helper(x)"
+    )
+    code = f"{source}\nfrom flash_attn_sm120.mod_key import mod_of\nprint(mod_of('score_mod', mod).digest)"
+    found = [
+        subprocess.run(
+            [sys.executable, "-c", code], env={**os.environ, "PYTHONHASHSEED": seed}, capture_output=True, text=True
+        ).stdout.strip()
+        for seed in "12"
+    ]
+    assert found == [digest(define(source))] * 2
 
 
 class Opaque:

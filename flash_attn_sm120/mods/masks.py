@@ -1,8 +1,8 @@
 """Ready-made mask mods: mask_mod(batch, head, q_idx, kv_idx, seqlen_info, aux_tensors) -> keep.
 
 Every function here makes a mod; its attribute in_torch is the same in PyTorch, the mod itself where its arithmetic
-runs on torch tensors as it is. Positions are those of keys: row i
-stands at i + seqlen_k - seqlen_q, the last row at the last column.
+runs on torch tensors as it is. Positions are those of keys: row i stands at i + seqlen_k - seqlen_q, the last row at
+the last column.
 vec_size: elements of a row that one call of the mod takes, 1, 2, 4 or 8; the results are the same, and more of them
 share what they need. aux: the place of the mod's tensor or number in aux_tensors. both(...) and either(...) join mods.
 """
@@ -15,8 +15,8 @@ from typing import Any
 import cutlass
 from cutlass import Boolean, Int32
 
-from flash_attn_sm120.checks import describe, refuse
-from flash_attn_sm120.mods.parts import check_flag, finished, index_of, shift, vector
+from flash_attn_sm120.checks import check_flag, describe, refuse
+from flash_attn_sm120.mods.parts import finished, index_of, shift, vector
 
 
 def causal(*, vec_size: int = 1) -> Callable:

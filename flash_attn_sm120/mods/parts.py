@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import numbers
 import operator
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -9,11 +11,9 @@ from typing import Any
 from cutlass import Float32, cute
 from cutlass._mlir_helpers.vector import Vector
 
-from flash_attn_sm120.checks import check_flag, describe, refuse
+from flash_attn_sm120.checks import describe, refuse
 
 VEC_SIZES = (1, 2, 4, 8)
-
-__all__ = ["check_flag", "column_numbers", "finished", "index_of", "shift", "vector"]
 
 
 def finished(function: Callable, in_torch: Callable | None, vec_size: int) -> Callable:
@@ -37,6 +37,15 @@ def index_of(name: str, value: Any, least: int = 0) -> int:
     if whole < least:
         refuse(name, f"an int >= {least}", whole)
     return whole
+
+
+def positive(name: str, value: Any) -> float:
+    """A finite number > 0."""
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+        refuse(name, "a finite number > 0", describe(value), TypeError)
+    if not 0.0 < value < math.inf:
+        refuse(name, "a finite number > 0", value)
+    return float(value)
 
 
 def vector(values: Sequence[Any], dtype: type) -> cute.TensorSSA:

@@ -15,9 +15,9 @@ import cutlass
 import torch
 from cutlass import Float32, Int32, cute
 
-from flash_attn_sm120.checks import check_softcap, describe, refuse
+from flash_attn_sm120.checks import check_flag
 from flash_attn_sm120.device.ptx import exp2, reciprocal
-from flash_attn_sm120.mods.parts import check_flag, column_numbers, finished, index_of, shift, vector
+from flash_attn_sm120.mods.parts import column_numbers, finished, index_of, positive, shift, vector
 
 
 def alibi(*, per_batch: bool = False, aux: int = 0, vec_size: int = 1) -> Callable:
@@ -33,7 +33,8 @@ def alibi(*, per_batch: bool = False, aux: int = 0, vec_size: int = 1) -> Callab
         slopes = aux_tensors[aux]
         slope = Float32(slopes[batch[0], head[0]] if per_batch else slopes[head[0]])
         position = Float32(q_idx[0] + shift(seqlen_info))
-        return score - cute.math.absf(column_numbers(kv_idx, vec_size) - position) * slope
+        distance = cute.math.absf(column_numbers(kv_idx, vec_size) - position)
+        return cute.math.fma(distance, cute.full_like(distance, -slope), score)
 
     def in_torch(score, batch, head, q_idx, kv_idx, seqlen_info, aux_tensors):
         slopes = aux_tensors[aux].float()
@@ -70,16 +71,15 @@ def relative_bias(*, aux: int = 0, vec_size: int = 1) -> Callable:
 
 def softcap(cap: float, *, vec_size: int = 1) -> Callable:
     """cap * tanh(score / cap), for a finite cap > 0. Source: Gemma Team, "Gemma 2" (2024)."""
-    cap = check_softcap(cap)
-    if not cap:
-        refuse("cap", "a finite number > 0", describe(cap))
+    cap = positive("cap", cap)
     # tanh(x) = 1 - 2 / (1 + 2^(2 log2(e) x)), whose absolute error is below that of tanh.approx.
     inner, outer = 2.0 * math.log2(math.e) / cap, -2.0 * cap
 
     def score_mod(score, batch, head, q_idx, kv_idx, seqlen_info, aux_tensors):
         scaled = score * inner
-        powers = vector([exp2(scaled[i]) for i in range(vec_size)], Float32) + 1.0
-        return vector([reciprocal(powers[i]) for i in range(vec_size)], Float32) * outer + cap
+        sums = vector([exp2(scaled[i]) for i in range(vec_size)], Float32) + 1.0
+        inverse = vector([reciprocal(sums[i]) for i in range(vec_size)], Float32)
+        return cute.math.fma(inverse, cute.full_like(inverse, outer), cute.full_like(inverse, cap))
 
     def in_torch(score, batch, head, q_idx, kv_idx, seqlen_info, aux_tensors):
         return torch.tanh(score / cap) * cap
