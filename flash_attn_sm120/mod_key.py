@@ -238,7 +238,7 @@ class _Reader:
         plain = _plain_number(value)
         if plain is not MISSING:
             return kind.__module__, kind.__name__, repr(plain)
-        if not _is_library(kind.__module__) and (callable(value) or dataclasses.is_dataclass(value)):
+        if not _is_library_type(kind) and (callable(value) or dataclasses.is_dataclass(value)):
             return self.instance(value, where)
         return self.refuse(value, where)
 
@@ -257,7 +257,7 @@ class _Reader:
     def instance(self, value: Any, where: str) -> tuple:
         """An object of a class that Python defines: its class and its fields."""
         kind = type(value)
-        if _is_library(kind.__module__) or not all(base.__flags__ & _HEAP_TYPE for base in kind.__mro__[:-1]):
+        if _is_library_type(kind) or not all(base.__flags__ & _HEAP_TYPE for base in kind.__mro__[:-1]):
             self.refuse(value, where)
         if id(value) in self.seen:
             return "again", self.seen[id(value)]
@@ -282,7 +282,7 @@ class _Reader:
 
     def type(self, value: type) -> tuple:
         """A class: a library's by name, the user's by its members too."""
-        if _is_library(value.__module__) and _find(value.__module__, value.__qualname__) is value:
+        if _is_library_type(value):
             return "class", value.__module__, value.__qualname__
         if id(value) in self.seen:
             return "again", self.seen[id(value)]
@@ -473,6 +473,11 @@ def _is_library(name: Any) -> bool:
     origin = getattr(module, "__file__", None) or getattr(module.__spec__, "origin", None)
     paths = [origin] if origin else list(getattr(module, "__path__", ()))
     return bool(paths) and all(path in ("built-in", "frozen") or _under_library(path) for path in paths)
+
+
+def _is_library_type(kind: type) -> bool:
+    """Of a library, by what its module holds: __module__ is a guess where a class was made by exec."""
+    return _is_library(kind.__module__) and _find(kind.__module__, kind.__qualname__) is kind
 
 
 def _slots(kind: type) -> list[str]:

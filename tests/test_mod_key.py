@@ -4,6 +4,8 @@ import functools
 import gc
 import importlib
 import math
+import os
+import subprocess
 import sys
 import textwrap
 import weakref
@@ -312,6 +314,38 @@ def test_object_changed():
     assert digest(partial) != before
 
 
+def test_slot_changed():
+    class Slotted:
+        __slots__ = ("__weakref__", "cap")
+
+        def __call__(self, score, *_):
+            return score * self.cap
+
+    mod = Slotted()
+    mod.cap = 2
+    first = digest(mod)
+    assert digest(mod) == first
+    mod.cap = 3
+    assert digest(mod) != first
+
+
+@pytest.mark.parametrize("name", ["an object's field", "an object's code", "a class attribute", "a helper"])
+def test_names_of_other_modules(name):
+    """Where code says that it is of a library, but isn't what that library holds, it is read."""
+    first, second = (define(source, __name__="builtins") for source in DIFFERENT[name])
+    assert digest(first) != digest(second)
+
+
+def test_exceptions_that_are_caught():
+    mod = define("def mod(x):\n    try:\n        return f(x)\n    except ValueError:\n        return x")
+    first = digest(mod)
+    if hasattr(mod.__code__, "co_exceptiontable"):
+        mod.__code__ = mod.__code__.replace(co_exceptiontable=b"")
+    else:
+        mod.__code__ = define("def mod(x):\n    return f(x)").__code__
+    assert digest(mod) != first
+
+
 @dataclass
 class Counted:
     """A callable object of this module; slots, fields and methods that dataclasses write."""
@@ -333,8 +367,8 @@ def modules(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(str(tmp_path))
 
     def write(name, text):
-        path = tmp_path / f"{name}.py"
-        path.write_text(text)
+        (tmp_path / f"{name}.py").write_text(text)
+        name = name.rpartition("/")[2]
         sys.modules.pop(name, None)
         importlib.invalidate_caches()
         sys.dont_write_bytecode, before = True, sys.dont_write_bytecode
@@ -370,6 +404,22 @@ def test_attributes_of_own_modules(modules, use):
     assert load("C = 2\ndef f(x):\n    return x * C\n")[0] != load("C = 4\ndef f(x):\n    return x * C\n")[0]
 
 
+def test_libraries_are_known_by_name(modules, tmp_path, monkeypatch):
+    """What an installed package's function refers to isn't looked at, unless that function is the mod itself."""
+    (tmp_path / "site-packages").mkdir()
+    monkeypatch.syspath_prepend(str(tmp_path / "site-packages"))
+    text = "C = object()\ndef f(x):\n    return x, C\ndef g(x):\n    return x + 1\n"
+    installed = modules("site-packages/installed", text)
+    uses = "def mod(ARGS):\n    return installed.f(score)", "def mod(ARGS):\n    return FUNCTION(score)"
+    for use in uses:
+        known = digest(define(use, installed=installed, FUNCTION=installed.f))
+        other = use.replace(".f(", ".g(")
+        assert known != digest(define(other, installed=installed, FUNCTION=installed.g))
+    assert digest(installed.g) == digest(define("def g(x):\n    return x + 1", "g"))
+    with pytest.raises(TypeError, match="global 'C'"):
+        digest(installed.f)
+
+
 def test_attribute_of_own_module_bound_anew(modules):
     helpers = modules("helpers", "CAP = 2")
     mod = define("def mod(ARGS):\n    return score * helpers.CAP", helpers=helpers)
@@ -378,6 +428,21 @@ def test_attribute_of_own_module_bound_anew(modules):
     assert digest(mod) != first
     del helpers.CAP
     assert digest(mod) not in (first,)
+
+
+def test_digest_in_another_process():
+    """Neither addresses nor the order of sets go into it."""
+    source = (
+        "def helper(x):\n    return x in {'a', 'b', 'c', 'd'}\ndef mod(x, S={'k', 'l', 'm'}):\n    return helper(x)"
+    )
+    code = f"{source}\nfrom flash_attn_sm120.mod_key import mod_of\nprint(mod_of('score_mod', mod).digest)"
+    found = [
+        subprocess.run(
+            [sys.executable, "-c", code], env={**os.environ, "PYTHONHASHSEED": seed}, capture_output=True, text=True
+        ).stdout.strip()
+        for seed in "12"
+    ]
+    assert found == [digest(define(source))] * 2
 
 
 class Opaque:

@@ -42,6 +42,33 @@ def _fma64(a, b, c):
     return (np.longdouble(1) * a * b + c).astype(np.float64)
 
 
+def _directed(terms, rounding: str):
+    """A sum rounded down (rm), up (rp) or toward zero (rz); terms(*values): two float64 whose exact sum it is."""
+
+    def fn(*values):
+        a, b = terms(*(np.asarray(v, np.float64) for v in values))
+        high = a + b
+        # Knuth's sum: high + low is a + b exactly.
+        low = (a - (high - (high - a))) + (b - (high - a))
+        near = np.asarray(high.astype(np.float32))
+        rest = (high - near) + low
+        down, up = rest < 0, rest > 0
+        if rounding == "rz":
+            down, up = down & (near > 0), up & (near < 0)
+        if rounding != "rp":
+            near = np.where(down, np.nextafter(near, np.float32(-np.inf)), near)
+        if rounding != "rm":
+            near = np.where(up, np.nextafter(near, np.float32(np.inf)), near)
+        if rounding == "rm":
+            near = np.where((high == 0) & (np.signbit(a) | np.signbit(b)), np.float32(-0.0), near)
+        return near
+
+    return fn
+
+
+_TERMS = {"add": lambda a, b: (a, b), "sub": lambda a, b: (a, -b), "fma": lambda a, b, c: (a * b, c)}
+
+
 def _check_modifiers(ins: Instruction, modifiers, allowed: tuple[str, ...]) -> None:
     if any(m not in allowed for m in modifiers):
         raise unsupported(ins)
@@ -128,6 +155,10 @@ def _float_pairs(m, ins: Instruction, fn, ftz: bool):
 def _float(m, ins: Instruction, fn32, allowed=("rn", "ftz")):
     dtype = ins.parts[-1]
     modifiers = ins.parts[1:-1]
+    rounding = next((r for r in modifiers if r in ("rz", "rm", "rp")), None)
+    if rounding and dtype == "f32" and ins.parts[0] in _TERMS:
+        modifiers = tuple(m for m in modifiers if m != rounding)
+        fn32 = _directed(_TERMS[ins.parts[0]], rounding)
     _check_modifiers(ins, modifiers, allowed)
     if dtype == "f32x2":
         return _float_pairs(m, ins, fn32, "ftz" in modifiers)
@@ -139,10 +170,25 @@ def _float(m, ins: Instruction, fn32, allowed=("rn", "ftz")):
 @operation("add", "sub")
 def _add(m, ins):
     fn = np.add if ins.parts[0] == "add" else np.subtract
+    if ins.parts[1:] in (("rn", "f32", "bf16"), ("rn", "f32", "f16")):
+        return _add_half(m, ins, fn)
     if ins.parts[-1] in _FLOATS:
         return _float(m, ins, fn)
     _check_modifiers(ins, ins.parts[1:-1], ())
     return _simple(m, ins, fn, ins.parts[-1])
+
+
+def _add_half(m, ins: Instruction, fn):
+    """f32 = a, which is f16 or bf16, with the f32 c."""
+    half, c, store = m.read(ins.args[1], np.dtype(np.uint16)), m.read(ins.args[2], "f32"), m.write(ins.args[0], "f32")
+    bf16 = ins.parts[-1] == "bf16"
+
+    def step(S, mask):
+        bits = np.ascontiguousarray(half(S))
+        a = bf16_to_f32(bits) if bf16 else bits.view(np.float16).astype(np.float32)
+        store(S, mask, fn(a, c(S)))
+
+    return step
 
 
 def _wide(dtype: str) -> str:
@@ -203,10 +249,6 @@ def _mad(m, ins):
 
 @operation("fma")
 def _fma(m, ins):
-    modifiers = tuple(p for p in ins.parts if p != "lo")[1:-1]
-    _check_modifiers(ins, modifiers, ("rn", "ftz", "relu") if "16" in ins.parts[-1] else ("rn", "ftz"))
-    if "relu" in modifiers:
-        raise unsupported(ins)
     return _float(m, ins, _fma64 if ins.parts[-1] == "f64" else _fma32, ("rn", "ftz"))
 
 

@@ -81,8 +81,11 @@ def _cvt(m, ins: Instruction):
         return _cvt_fp8(m, ins, out, source, modifiers)
     ftz = "ftz" in modifiers
     modifiers.discard("ftz")
+    saturate = modifiers == {"sat"} and (out, source) == ("f32", "f32")
+    if saturate:
+        modifiers.clear()
     rounding = next((r for r in modifiers if r in _ROUND_TO_INTEGER), None)
-    if modifiers - {"rn", "sat", rounding} or "sat" in modifiers:
+    if modifiers - {"rn", rounding}:
         raise unsupported(ins)
     read = _reader(m, ins.args[1], source)
     store = m.write(ins.args[0], {"bf16": "b16", "f16": "b16"}.get(out, out))
@@ -100,6 +103,8 @@ def _cvt(m, ins: Instruction):
             values = flush(values)
         if rounding:
             values = _ROUND_TO_INTEGER[rounding](values)
+        if saturate:  # to 0..1, NaN to 0
+            values = np.fmin(np.fmax(values, np.float32(0)), np.float32(1))
         store(S, mask, _to_float(values, out))
 
     return step

@@ -2,6 +2,7 @@
 
 import math
 import re
+from fractions import Fraction
 
 import numpy as np
 import pytest
@@ -190,6 +191,58 @@ def test_special_values():
     np.testing.assert_array_equal(equal[:5], [1, 1, 1, 1, 0])
 
 
+def directed(exact: Fraction, rounding: str) -> np.float32:
+    """The float32 at or next to an exact value on the side that PTX names."""
+    near = np.float32(float(exact))
+    if rounding == "rz":
+        rounding = "rm" if exact > 0 else "rp"
+    if rounding == "rm" and Fraction(float(near)) > exact:
+        return np.nextafter(near, np.float32(-np.inf))
+    if rounding == "rp" and Fraction(float(near)) < exact:
+        return np.nextafter(near, np.float32(np.inf))
+    return near
+
+
+@pytest.mark.parametrize("rounding", ["rz", "rm", "rp"])
+@pytest.mark.parametrize("name", ["add", "sub", "fma"])
+def test_directed_rounding(name, rounding):
+    """To the last bit, whatever the distance of the terms' exponents."""
+    a, b, c = (x * np.float32(2.0) ** RNG.integers(-45, 45, N).astype(np.float32) for x in F32)
+    formula = {"add": lambda a, b, c: a + b, "sub": lambda a, b, c: a - b, "fma": lambda a, b, c: a * b + c}[name]
+    exact = [formula(*(Fraction(float(x)) for x in row)) for row in zip(a, b, c, strict=True)]
+    operands = "%a, %b, %c" if name == "fma" else "%a, %b"
+    result = elementwise(f"{name}.{rounding}.f32 %o, {operands};", [a, b, c], np.float32)
+    np.testing.assert_array_equal(result, np.array([directed(x, rounding) for x in exact]))
+
+
+def test_directed_rounding_of_special_values():
+    huge, inf = np.float32(3.4028235e38), np.float32(np.inf)
+    a = np.array([huge, -huge, inf, inf, 0, -0.0, 1.5, -0.0] * 4, np.float32)
+    b = np.array([huge, -huge, 1, -inf, 0, 0, -1.5, -0.0] * 4, np.float32)
+    expected = {
+        "rz": [huge, -huge, inf, np.nan, 0.0, 0.0, 0.0, -0.0],
+        "rm": [huge, -inf, inf, np.nan, 0.0, -0.0, -0.0, -0.0],
+        "rp": [inf, -huge, inf, np.nan, 0.0, 0.0, 0.0, -0.0],
+    }
+    for rounding, values in expected.items():
+        result = elementwise(f"add.{rounding}.f32 %o, %a, %b;", [a, b], np.float32)[:8]
+        np.testing.assert_array_equal(result, np.array(values, np.float32))
+        np.testing.assert_array_equal(np.signbit(result[4:]), np.signbit(values[4:]))
+
+
+def test_saturation():
+    result = elementwise("cvt.sat.f32.f32 %o, %a;", [SPECIAL], np.float32)
+    np.testing.assert_array_equal(result, np.clip(np.nan_to_num(SPECIAL, nan=0.0), 0, 1))
+
+
+@pytest.mark.parametrize("kind", ["bf16", "f16"])
+def test_add_of_a_half(kind):
+    half = bf16(F32[0]) if kind == "bf16" else F32[0].astype(np.float16).view(np.uint16)
+    wide = (half.astype(np.uint32) << 16).view(np.float32) if kind == "bf16" else half.view(np.float16).astype("f4")
+    result = elementwise(f"add.rn.f32.{kind} %o, %a, %b;", [half, F32[1]], np.float32)
+    np.testing.assert_array_equal(result, wide + F32[1])
+
+
 def test_halves():
     packed = elementwise("cvt.rn.bf16x2.f32 %o, %a, %b;", F32, np.uint32)
     np.testing.assert_array_equal(packed >> 16, bf16(F32[0]))
@@ -220,7 +273,8 @@ def test_fp8(kind, largest):
 
 
 UNKNOWN = [
-    "add.rz.f32 %o, %a, %b;", "add.sat.s32 %o, %a, %b;", "add.cc.u32 %o, %a, %b;", "mad.hi.s64 %o, %a, %b, %a;",
+    "add.rz.f64 %o, %a, %b;", "div.rz.f32 %o, %a, %b;", "add.rz.f32x2 %o, %a, %b;",
+    "add.sat.s32 %o, %a, %b;", "add.cc.u32 %o, %a, %b;", "mad.hi.s64 %o, %a, %b, %a;",
     "mad.lo.cc.u32 %o, %a, %b, %a;", "min.xorsign.abs.f32 %o, %a, %b;", "max.relu.u16x2 %o, %a, %b;",
     "nosuch.b32 %o, %a;",
     "fma.rn.sat.f32 %o, %a, %b, %a;", "cvt.rn.sat.f32.f32 %o, %a;", "ex2.approx.ftz.f16x2 %o, %a;",
