@@ -29,8 +29,9 @@ class Dropout(NamedTuple):
 
 
 class BlockLists(NamedTuple):
-    """Of each row of sparse blocks, the columns of those to be computed, ascending; int32. cnt (batch, heads, m_blocks),
-    idx (batch, heads, m_blocks, n_blocks)."""
+    """Of each row of sparse blocks, the columns of those to be computed, ascending; int32.
+
+    cnt (batch, heads, m_blocks), idx (batch, heads, m_blocks, n_blocks)."""
 
     mask_cnt: Any  # blocks that mask_mod applies to
     mask_idx: Any
@@ -47,7 +48,7 @@ class Modifiers(NamedTuple):
     v_descale: Any = None  # (batch, heads_kv) float32
     dropout: Dropout | None = None
     blocks: BlockLists | None = None
-    aux: tuple = ()  # what mods read: tensors of any dtype and rank, then numbers
+    aux: tuple | None = None  # what mods read: tensors of any dtype and rank, then numbers
 
 
 class Numbers(NamedTuple):

@@ -1,5 +1,7 @@
-"""Arguments that change what is computed: dropout, mods with what they read, lists of blocks. Checked and brought into the
-form that kernels take; a call without any of them does nothing here."""
+"""Arguments that change what is computed: dropout, mods with what they read, lists of blocks.
+
+Checked and brought into the form that kernels take; a call without any of them does nothing here.
+"""
 
 from __future__ import annotations
 
@@ -58,7 +60,9 @@ def changes_of(
     return Changes(p, seed, *mods, aux, kinds, block_sparse_tensors)
 
 
-def check_beside(changes: Changes, num_splits: int, cp_world_size: int, float8: bool, softcap: bool, alibi: bool) -> None:
+def check_beside(
+    changes: Changes, num_splits: int, cp_world_size: int, float8: bool, softcap: bool, alibi: bool
+) -> None:
     """What changes don't go with. float8, softcap, alibi: whether the call has such keys, a softcap, slopes."""
     given = {
         "dropout_p": changes.dropout_p > 0.0,
@@ -84,6 +88,8 @@ def check_blocks(
     changes: Changes, batch: int, heads: int, seqlen_q: int, seqlen_k: int, device: torch.device, exact: bool
 ) -> None:
     if changes.blocks is not None:
+        if changes.mask_mod is None and changes.blocks.mask_block_cnt is not None:
+            refuse("mask_mod", "a function, which the blocks of block_sparse_tensors' mask list are for", "None")
         check_block_sparse(changes.blocks, batch, heads, seqlen_q, seqlen_k, device, exact)
 
 
@@ -129,7 +135,8 @@ def kernel_fields(changes: Changes, batch: int, heads: int, device: torch.device
         dropout = Dropout(changes.dropout_seed, threshold(p), 1.0 / (1.0 - p))
     if changes.blocks is not None:
         lists = BlockLists(*_lists(changes.blocks, batch, heads, device))
-    return dropout, lists, tuple(given.detach() if isinstance(given, torch.Tensor) else given for given in changes.aux)
+    aux = tuple(given.detach() if isinstance(given, torch.Tensor) else given for given in changes.aux)
+    return dropout, lists, aux or None
 
 
 def _lists(blocks: BlockSparseTensors, batch: int, heads: int, device: torch.device) -> list[torch.Tensor]:

@@ -219,9 +219,9 @@ def run_compile(arches: Sequence[str]) -> int:
     """Every variant for each target. 1 if one spills or keeps fewer than two matrix warps on a sub-partition."""
     from flash_attn_sm120.sass import GET_NVDISASM, find_nvdisasm
     from flash_attn_sm120.static_model import ASSUMPTIONS
-    from flash_attn_sm120.variants import variants
+    from flash_attn_sm120.variants import changed_variants, variants
 
-    jobs = [(arch, problem) for arch in arches for problem in variants()]
+    jobs = [(arch, problem) for arch in arches for problem in (*variants(), *changed_variants())]
     measured = [measure(problem, arch) for arch, problem in progress(jobs, "compile")]
     header = (
         "target", "variant", "kernel", "tile", "warps", "registers", "stack", "shared KB", "blocks/SM",
@@ -240,12 +240,11 @@ def run_compile(arches: Sequence[str]) -> int:
 def measure(problem: AttentionProblem, arch: str) -> tuple[tuple[str, ...], bool]:
     """Compiles one variant: (its row of the table, whether it passes)."""
     from flash_attn_sm120 import cubin
-    from flash_attn_sm120.compile import build
-    from flash_attn_sm120.dispatch import choose
+    from flash_attn_sm120.compile import build_best
     from flash_attn_sm120.occupancy import RESERVED_BYTES, SUB_PARTITIONS, occupancy
 
-    plan = choose(problem, arch)
-    binary = build(problem, plan, arch, keep=True).__cubin__
+    built, plan = build_best(problem, arch, keep=True)
+    binary = built.__cubin__
     kernels = cubin.read(binary)
     registers = max(kernel.registers for kernel in kernels)
     stack = max(kernel.stack_bytes for kernel in kernels)
@@ -293,6 +292,7 @@ def label(problem: AttentionProblem) -> str:
     words.append(problem.kv_dtype and f"{SHORT[problem.kv_dtype]} KV")
     words.append(problem.sink and f"{SHORT[problem.sink]} sink")
     flags = ("seqused_q", "seqused_k", "softcap", "alibi", "chunked", "context_parallel", "k_descale", "v_descale")
-    words += [name for name in (*flags, "lse") if getattr(problem, name)]
+    words += [name for name in (*flags, "dropout", "score_mod", "mask_mod", "lse") if getattr(problem, name)]
+    words.append("blocks {}x{}".format(*problem.sparse_block) if problem.block_sparse else "")
     words.append("" if problem.tma_strides else "repeated rows")
     return " ".join(filter(None, words))

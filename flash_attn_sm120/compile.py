@@ -6,6 +6,7 @@ import tempfile
 import threading
 import warnings
 from collections.abc import Callable
+from typing import Any
 
 import cutlass
 from cutlass import Float32, Int32, Int64, cute
@@ -70,18 +71,19 @@ def load(problem: Problem, arch: str) -> Callable:
         with _lock:
             launcher = _loaded.get(key)
             if launcher is None:
-                launcher = _loaded[key] = build_best(problem, arch)
+                launcher, _ = build_best(problem, arch)
+                _loaded[key] = launcher
     return launcher
 
 
-def build_best(problem: Problem, arch: str, keep: bool = False):
-    """Compiles the first of the problem's plans that needs no stack, as far as there is a choice; see build."""
+def build_best(problem: Problem, arch: str, keep: bool = False) -> tuple[Any, Plan | None]:
+    """(what build makes of the first of the problem's plans that needs no stack, or of the last, that plan)."""
     plans = candidates(problem, arch) if isinstance(problem, AttentionProblem) else [None]
     for plan in plans[:-1]:
         built = build(problem, plan, arch, keep=True)
         if not any(kernel.stack_bytes for kernel in cubin.read(built.__cubin__)):
-            return built
-    return build(problem, plans[-1], arch, keep)
+            return built, plan
+    return build(problem, plans[-1], arch, keep), plans[-1]
 
 
 def build(problem: Problem, plan: Plan | None, arch: str, keep: bool = False):
@@ -120,7 +122,7 @@ def _signature(problem: AttentionProblem) -> tuple:
         v_descale=_strided(Float32, 2) if problem.v_descale else None,
         dropout=Dropout(_rows(Int64, 1), Int32(0), Float32(0)) if problem.dropout else None,
         blocks=BlockLists(*(_strided(Int32, rank) for rank in (3, 4, 3, 4))) if problem.block_sparse else None,
-        aux=_aux_signature(problem.aux),
+        aux=_aux_signature(problem.aux) or None,
     )
     numbers = Numbers(Float32(0), Float32(0), *[Int32(0)] * (len(Numbers._fields) - 2))
     arguments = tuple(Arguments(q, k, v, out, lse, lengths, modifiers, numbers))
@@ -181,7 +183,6 @@ def _strided(dtype: type, rank: int):
     """Any strides, 64-bit; 0 repeats a value."""
     shape, stride = (tuple(kind() for _ in range(rank)) for kind in (cute.sym_int32, cute.sym_int64))
     return make_fake_tensor(dtype, shape, stride, assumed_align=max(dtype.width // 8, 1))
-
 
 
 def _tensor(dtype: type, rank: int, align: int, divisibility: int, last):

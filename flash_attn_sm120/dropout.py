@@ -1,6 +1,6 @@
 """dropout_mask: which attention weights a seed keeps, in PyTorch and to the bit as the kernels do it; seeds and p.
 
-Source of the generator: Salmon et al., "Parallel Random Numbers: As Easy as 1, 2, 3" (2011), Philox 4x32, here with 7 rounds.
+Source: Salmon et al., "Parallel Random Numbers: As Easy as 1, 2, 3" (2011): Philox 4x32, here with 7 rounds.
 """
 
 from __future__ import annotations

@@ -24,7 +24,6 @@ from flash_attn_sm120.scheduling import SchedulerMetadata, splits_of
 from flash_attn_sm120.strides import aligned, aligned_pool, target_for
 from flash_attn_sm120.workspace import partials
 
-
 NO_TENSORS = (None,) * len(Tensors._fields)
 NO_MODIFIERS = Modifiers()
 KEYS_STEP = 256  # max_seqlen_k counts in steps
@@ -108,9 +107,10 @@ def flash_attn_func(
         causal and window_size. Functions for CuTe DSL, most often @cute.jit: score is a Float32 TensorSSA, batch to
         kv_idx are Int32 ones, of as many elements as the function's attribute __vec_size__ says (1 without), all of one
         row, columns in neighbouring pairs; seqlen_info has seqlen_q, seqlen_k, offset_q and offset_k (first rows in
-        packed tensors). Compiled once for the same code. Ready-made: flash_attn_sm120.mods. Source: FlexAttention (2024).
-    aux_tensors, aux_scalars: what mods get as aux_tensors: tensors of any dtype and strides, then Int32 or Float32. q_idx
-        and kv_idx are places that exist.
+        packed tensors). Compiled once for the same code. Ready-made: flash_attn_sm120.mods.
+        Source: PyTorch, FlexAttention (2024).
+    aux_tensors, aux_scalars: what mods get as aux_tensors: tensors of any dtype and strides, then Int32 or Float32.
+        The q_idx and kv_idx that they get with it are places that exist.
     block_sparse_tensors: a BlockSparseTensors, which blocks of rows and columns are computed; mask_mod is asked in the
         blocks of its mask list alone. Rows without a block are 0, their lse -inf.
     out: (batch, seqlen_q, heads, head_dim_v), written in place and returned.
@@ -328,7 +328,7 @@ def _launch(
     if lengths[5] is not None and not call.context_parallel:
         lengths = (*lengths[:5], None)
     if call.modifiers is not None:
-        modifiers = (*[way(given) for way, given in zip(call.modifiers, tensors[6:], strict=True)], None, None, ())
+        modifiers = (*[way(given) for way, given in zip(call.modifiers, tensors[6:], strict=True)], None, None, None)
     if changes is not None:
         modifiers = (*modifiers[:4], *kernel_fields(changes, call.batch, call.heads, q.device))
     if not call.num_splits:

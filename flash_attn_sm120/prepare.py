@@ -80,9 +80,7 @@ def _changed(
     batch: int,
 ) -> AttentionProblem:
     """The problem with what changes it."""
-    check_beside(
-        changes, num_splits, options.cp_world_size, bool(problem.kv_dtype), problem.softcap, problem.alibi
-    )
+    check_beside(changes, num_splits, options.cp_world_size, bool(problem.kv_dtype), problem.softcap, problem.alibi)
     packed = problem.packed_q
     rows = (options.max_seqlen_q or 0) if packed else q.shape[1]
     keys = _most_keys(k, tensors, options)

@@ -299,8 +299,11 @@ class _Changes:
         p = self.options.dropout_p
         if not p:
             return weights
-        batches, heads, rows = (range(self.batch, self.batch + 1), range(self.heads.start, self.heads.stop),
-                                range(self.rows.start, self.rows.stop))
+        batches, heads, rows = (
+            range(self.batch, self.batch + 1),
+            range(self.heads.start, self.heads.stop),
+            range(self.rows.start, self.rows.stop),
+        )
         keep = kept(batches, heads, rows, self.info.seqlen_k, p, self.options.dropout_key, self.device)[0]
         return torch.where(keep, weights / (1.0 - p), 0.0)
 

@@ -1,5 +1,7 @@
-"""What `compile`, the demo and the tests build: one problem for each way in which the machine code can differ. Pure
-Python."""
+"""What `compile`, the demo and the tests build: one problem for each way in which the machine code can differ.
+
+Pure Python, but for changed_variants, whose mods are CuTe DSL's.
+"""
 
 from __future__ import annotations
 
@@ -88,3 +90,46 @@ def decode_variants() -> list[AttentionProblem]:
         for split in (False, True)
     ]
     return list(dict.fromkeys(problems))
+
+
+def changed_variants() -> list[AttentionProblem]:
+    """variants() with dropout, mods and lists of blocks, alone and together."""
+    from flash_attn_sm120 import mods
+    from flash_attn_sm120.mod_key import mod_of
+
+    packed, paged = {"packed_q": True, "packed_k": True}, {"page_size": 16, "seqused_k": True}
+    alibi = {"score_mod": mod_of("score_mod", mods.alibi(vec_size=2)), "aux": (("float32", 1),)}
+    softcap = {"score_mod": mod_of("score_mod", mods.softcap(3.0))}
+    document = {"mask_mod": mod_of("mask_mod", mods.document()), "aux": (("int32", 2),)}
+    dense = {"mask_mod": mod_of("mask_mod", mods.dense()), "aux": (("bool", 4),)}
+    dense_after_alibi = alibi | {
+        "mask_mod": mod_of("mask_mod", mods.dense(aux=1)),
+        "aux": (("float32", 1), ("bool", 4)),
+    }
+    drop, lists = {"dropout": True}, {"sparse_block": (128, 128)} | dense
+    ways = [
+        *({"head_dims": dims} | drop for dims in HEAD_DIMS),
+        {"mask": "causal"} | drop,
+        {"mask": "local", "softcap": True} | drop | packed,
+        {"mask": "causal", "packed_q": True} | drop | paged,
+        {"mask": "causal", "kv_dtype": FP8_DTYPES[0]} | drop | paged,
+        {"mask": "causal", "tma_strides": False, "alibi": True, "sink": "float32"} | drop,
+        *({"head_dims": (d, d)} | alibi for d in (64, 128, 256)),
+        {"mask": "causal"} | alibi | packed,
+        {"mask": "causal"} | softcap | paged,
+        {"mask": "local", "kv_dtype": FP8_DTYPES[1]} | softcap | paged,
+        document,
+        {"mask": "causal", "softcap": True, "packed_q": True} | document | paged,
+        *({"head_dims": (d, d)} | lists for d in (64, 128, 192, 256)),
+        *({"head_dims": (d, d)} | lists | {"sparse_block": (64, 32)} for d in (64, 128, 192, 256)),
+        {"sparse_block": (256, 64)},
+        {"sparse_block": (192, 192), "mask": "causal"},
+        {"mask": "local", "sink": "float32"} | lists | packed,
+        {"mask": "causal", "packed_q": True} | lists | paged,
+        dense_after_alibi | drop | {"sparse_block": (128, 64), "mask": "causal"},
+    ]
+    problems = []
+    for i, way in enumerate(ways):
+        dims = way.pop("head_dims", (128, 128))
+        problems.append(AttentionProblem(DTYPES[i % 2], *dims, lse=i % 3 > 0, **way))
+    return problems

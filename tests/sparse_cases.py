@@ -1,21 +1,6 @@
 """Masks for tests of block sparsity: as functions that kernels call, and as the dense masks that they stand for."""
 
-import sys
-import types
-
 import torch
-
-from flash_attn_sm120.problem import Mod
-
-try:
-    from flash_attn_sm120 import mod_key  # noqa: F401
-except ImportError:  # the branch that brings it isn't merged yet
-    stand_in = types.ModuleType("flash_attn_sm120.mod_key")
-    stand_in.mod_of = lambda name, function: (
-        function
-        and Mod(f"{function.__module__}.{function.__qualname__}", getattr(function, "__vec_size__", 1), function)
-    )
-    sys.modules["flash_attn_sm120.mod_key"] = stand_in
 
 
 def places(seqlen_q, seqlen_k, device="cpu"):

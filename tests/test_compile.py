@@ -14,14 +14,14 @@ from flash_attn_sm120.dispatch import choose, decode_memory
 from flash_attn_sm120.occupancy import RESERVED_BYTES, occupancy
 from flash_attn_sm120.problem import AttentionProblem, CombineProblem, padded
 from flash_attn_sm120.static_model import predict
-from flash_attn_sm120.variants import decode_variants, variants
+from flash_attn_sm120.variants import changed_variants, decode_variants, variants
 
 
 @pytest.mark.parametrize("arch", ["sm_120a", "sm_121a"])
-@pytest.mark.parametrize("problem", variants(), ids=variant_name)
+@pytest.mark.parametrize("problem", (*variants(), *changed_variants()), ids=variant_name)
 def test_variant_has_no_stack_and_two_matrix_warps_a_sub_partition(problem, arch):
-    plan = choose(problem, arch)
-    binary = compiler.build(problem, plan, arch, keep=True).__cubin__
+    built, plan = compiler.build_best(problem, arch, keep=True)
+    binary = built.__cubin__
     (kernel,) = cubin.read(binary)
     assert kernel.stack_bytes == 0
     assert kernel.shared_bytes == RESERVED_BYTES  # of static shared memory, only what the driver reserves

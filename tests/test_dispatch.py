@@ -9,7 +9,7 @@ import pytest
 from flash_attn_sm120.dispatch import COMMON_TILES, TILES, can_implement, choose, plan_for
 from flash_attn_sm120.occupancy import REGISTERS, SHARED_BYTES, SHARED_BYTES_A_BLOCK, SUB_PARTITIONS, occupancy
 from flash_attn_sm120.problem import AttentionProblem
-from flash_attn_sm120.variants import variants
+from flash_attn_sm120.variants import changed_variants, variants
 
 HEAD_DIMS = range(8, 257, 8)
 
@@ -92,25 +92,22 @@ def test_tma_only_where_the_rule_allows_it(flags, tma_strides, arch, head_dims):
 @pytest.mark.parametrize("arch", ["sm_80", "sm_90a", "sm_120a", "sm_121a"])
 def test_which_kernel_takes_which_combination(paged, varlen, sparse, dropout, arch):
     kernels = pytest.importorskip("flash_attn_sm120.compile").KERNELS
-    features = {"page_size": 16 * paged, "seqused_k": varlen, "block_sparse": sparse, "dropout": dropout}
+    features = {"page_size": 16 * paged, "seqused_k": varlen, "sparse_block": (128, 128) * sparse, "dropout": dropout}
     problem = AttentionProblem("bfloat16", 128, 128, **features)
-    offered = not (sparse or dropout)
-    by_tma = offered and not (paged or varlen) and arch != "sm_80"
-    for kernel, expected in (("forward", offered), ("forward_tma", by_tma)):
+    by_tma = not (paged or varlen or sparse or dropout) and arch != "sm_80"
+    for kernel, expected in (("forward", True), ("forward_tma", by_tma)):
         assert can_implement(kernel, problem, arch) == expected
         assert kernels[kernel].can_implement(problem, arch) == expected
-    if offered:
-        assert choose(problem, arch).kernel == ("forward_tma" if by_tma else "forward")
-        return
-    with pytest.raises(NotImplementedError) as raised:
-        choose(problem, arch)
-    assert str(raised.value).startswith("block_sparse" if sparse else "dropout_p")
+    assert choose(problem, arch).kernel == ("forward_tma" if by_tma else "forward")
 
 
 def test_variants_cover_each_row_and_each_feature():
+    pytest.importorskip("cutlass")
     problems = variants()
     assert len(problems) == len(set(problems))
-    taken = {(plan.kernel, plan.tile_m, plan.tile_n, plan.num_warps) for plan in map(choose, problems)}
+    every = (*problems, *changed_variants())
+    assert len(every) == len(set(every))
+    taken = {(plan.kernel, plan.tile_m, plan.tile_n, plan.num_warps) for plan in map(choose, every)}
     assert taken == {(kernel, row.tile_m, row.tile_n, row.num_warps) for kernel, row in ROWS}
     for mask in ("full", "causal", "local"):
         own = [problem for problem in problems if problem.mask == mask]

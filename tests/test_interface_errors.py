@@ -126,8 +126,7 @@ def test_wrong_call(call, changes, kind, argument, parts):
 
 
 NOT_YET = {
-    "dropout_p": 0.1, "score_mod": lambda *_: 0, "mask_mod": lambda *_: True, "aux_tensors": [t(1)],
-    "block_sparse_tensors": (), "q_descale": t(1), "return_attn_probs": True,
+    "q_descale": t(1), "return_attn_probs": True,
 }  # fmt: skip
 
 

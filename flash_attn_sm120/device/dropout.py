@@ -1,8 +1,9 @@
 """Dropout of attention weights: which are kept follows from (seed, batch, head, row, column) and nothing else.
 
-Philox 4x32 with 7 rounds: key = seed, counter = (group of columns, row, head, batch). A group is eight columns of 32, two
-neighbours of each eighth, as a lane of an mma.sync accumulator has them; each has 15 bits of the four words. The same in
-PyTorch: flash_attn_sm120/dropout.py. Source: Salmon et al., "Parallel Random Numbers: As Easy as 1, 2, 3" (2011).
+Philox 4x32 with 7 rounds: key = seed, counter = (group of columns, row, head, batch). A group is eight columns of 32:
+two neighbours of each 8, as a lane of an mma.sync accumulator has them; each has 15 bits of the four words.
+flash_attn_sm120/dropout.py is the same in PyTorch.
+Source: Salmon et al., "Parallel Random Numbers: As Easy as 1, 2, 3" (2011).
 """
 
 from __future__ import annotations

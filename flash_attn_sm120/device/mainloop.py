@@ -58,8 +58,7 @@ class ForwardTile:
         numbers: Numbers,
         heads_per_kv: Int32,
     ):
-        """total_k: keys of all context-parallel ranks. numbers: as in_base_2 gives them, softmax_scale with k_descale in
-        it."""
+        """total_k: keys of all context-parallel ranks. numbers: as in_base_2 gives them, k_descale in softmax_scale."""
         self.config, self.tile, self.modifiers, self.numbers = config, tile, modifiers, numbers
         self.seq_q, self.seq_k, self.total_k, self.heads_per_kv = seq_q, seq_k, total_k, heads_per_kv
         problem, plan = config.problem, config.plan
@@ -257,7 +256,7 @@ class ForwardTile:
         return {(row, col): sQ.load(row, col) for row, col in places}
 
     def block(self, n: Int32, i: Int32, masked: bool, modded: bool = True) -> None:
-        """Once K is there. masked, modded: whether some of its places may not be seen, and whether mask_mod is asked."""
+        """Once K is there. masked: some of its places may not be seen; modded: mask_mod is asked."""
         stage = self.stage(i)
         self.scores(stage.shared)
         self.arrive(stage.bars["k_free"], self.tSrS)
@@ -296,7 +295,7 @@ class ForwardTile:
         return read_blocks(self.note).end - 1 - i
 
     def apply_mods(self, n: Int32, masked: bool, modded: bool) -> None:
-        problem, aux = self.config.problem, self.modifiers.aux
+        problem, aux = self.config.problem, self.modifiers.aux or ()
         place = self.place(n, masked)
         if problem.score_mod is not None:
             apply_score_mod(self.tSrS, problem.score_mod, self.scales, place, aux)

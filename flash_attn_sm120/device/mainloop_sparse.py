@@ -1,5 +1,6 @@
-"""One Q tile against the KV blocks that lists name: those of the mask list, then those of the full list, each in ascending
-order. A listed block holds one tile of K and V or several.
+"""One Q tile against the KV blocks that lists name: those of the mask list, then those of the full list, ascending.
+
+A listed block holds one tile of K and V or several.
 """
 
 from __future__ import annotations
@@ -43,8 +44,8 @@ class SparseTile(ForwardTile):
         return (*counts, *addresses)
 
     def number(self, i: Int32) -> Int32:
-        """Of K's and V's tiles, the i-th that is listed; 0 past the last. Whatever the lists hold, it isn't negative nor
-        far beyond the sequence's end, which loads and masks know."""
+        """Of K's and V's tiles, the i-th that is listed. Whatever the lists hold, it is neither negative nor far beyond
+        the sequence's end, which loads and masks know."""
         _, _, _, seqlen_k = load_shared_v4(self.note)
         mask_tiles, full_tiles = self.counts()
         words = load_shared_v4(self.second_note + 32)

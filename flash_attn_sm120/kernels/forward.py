@@ -160,7 +160,7 @@ class FlashAttentionForwardSm80:
             numbers = numbers._replace(softmax_scale=scale)
         kind = SparseTile if problem.block_sparse else ForwardTile
         work = kind(self, tile, seq_q, seq_k, total_k, modifiers, numbers, heads_per_kv)
-        atom_q, gQ, atom_k, gK, atom_v, gV = maps
+        atom_k, gK, atom_v, gV = maps[2:]
         inputs = (mQ, mK, mV, work.shared, tile, seq_q, seq_k, lengths)
         if cutlass.const_expr(self.box_rows):
             k = PagedBoxes(atom_k, gK, mK.element_type, self.layout_k, self.box_rows)
@@ -172,7 +172,6 @@ class FlashAttentionForwardSm80:
             work.run(Fp8Loader(self, *inputs), blocks, mO, mLSE)
         else:
             work.run(CpAsyncLoader(self, *inputs), blocks, mO, mLSE)
-
 
     def tma_loader(self, maps: tuple, tensors: tuple, tile: Tile, heads_per_kv: Int32) -> TmaLoader:
         """maps: atom and coordinates of each of q, k and v, `tensors`."""

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-import cutlass
 from cutlass import Int32, cute
 
 from flash_attn_sm120.arguments import Lengths, Modifiers, Numbers

@@ -21,7 +21,7 @@ def artifact(problem: Problem, arch: str) -> Any:
     """The problem's kernel as dispatch and compile make it, with its PTX kept."""
     from flash_attn_sm120.compile import build_best
 
-    return build_best(problem, arch, keep=True)
+    return build_best(problem, arch, keep=True)[0]
 
 
 class _Partials(NamedTuple):
