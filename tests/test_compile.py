@@ -18,7 +18,7 @@ from flash_attn_sm120.variants import changed_variants, decode_variants, variant
 
 
 @pytest.mark.parametrize("arch", ["sm_120a", "sm_121a"])
-@pytest.mark.parametrize("problem", (*variants(), *changed_variants()), ids=variant_name)
+@pytest.mark.parametrize("problem", [*variants(), *changed_variants()], ids=variant_name)
 def test_variant_has_no_stack_and_two_matrix_warps_a_sub_partition(problem, arch):
     built, plan = compiler.build_best(problem, arch, keep=True)
     binary = built.__cubin__
