@@ -37,28 +37,18 @@ def _signed(value: int) -> int:
 
 @dataclass(frozen=True)
 class Dropper:
-    """The weights of a thread's rows in one block. thresholds: twice the 16-bit number of numbers that drop."""
+    """The weights of a thread's rows in one block. threshold: in each half of the word, of a weight's number."""
 
     key: tuple[Int32, Int32]
-    thresholds: Int32
+    threshold: Int32
     batch: Int32
     head: Int32
     rows: list[Int32]  # 8 apart
     first_col: Int32  # of the block, a multiple of its columns
     quad: Int32  # of the lane
 
-    def drop(self, tOrP: list) -> list:
-        """What is left of P as update of softmax.py returns it."""
-        left = [[list(pairs) for pairs in row] for row in tOrP]
-        for r in range(len(self.rows)):
-            m, half = r // 2, r % 2
-            for n, mask in enumerate(self.kept(r, 2 * len(left[m]))):
-                place = 2 * (n % 2) + half
-                left[m][n // 2][place] = left[m][n // 2][place] & mask
-        return left
-
-    def kept(self, r: int, n_frags: int) -> list[Int32]:
-        """Masks of the packed pairs of row r, one for each eighth of columns."""
+    def signs(self, r: int, n_frags: int) -> list[Int32]:
+        """For each 8 columns the pair of row r: the top bit of a half is set where the weight is kept."""
         words = []
         for first in range(0, n_frags, COLUMNS // 8):
             group = (self.first_col // COLUMNS + first * 8 // COLUMNS) * 4 + self.quad
@@ -66,9 +56,49 @@ class Dropper:
         if n_frags * 8 < COLUMNS:
             part = self.first_col % COLUMNS // 8
             words = [cutlass.select_(part == 0, words[n], words[n + n_frags]) for n in range(n_frags)]
-        return [self._mask(word) for word in words[:n_frags]]
+        # a half below the threshold borrows its top bit
+        return [(word & OWN_BITS | TOP_BITS) - self.threshold for word in words[:n_frags]]
 
-    def _mask(self, word: Int32) -> Int32:
-        """Bits of the halves whose number isn't below the threshold: subtracting leaves the top bit set there."""
-        left = (word & OWN_BITS | TOP_BITS) - self.thresholds
-        return byte_permute(left, left, SIGNS)
+    def kept(self, n_frags: int) -> Kept:
+        return Kept([self.signs(r, n_frags) for r in range(len(self.rows))])
+
+    def kept_in_bits(self, n_frags: int) -> KeptInBits:
+        """The same in a 16th of the registers: two rows of 64 columns in a word."""
+        words = []
+        for r in range(len(self.rows)):
+            for n, sign in enumerate(self.signs(r, n_frags)):
+                index, place = divmod(r * n_frags + n, 16)
+                bits = sign >> (15 - place) & 0x10001 << place
+                words[index:] = [words[index] | bits if place else bits]
+        return KeptInBits(words, n_frags)
+
+
+@dataclass(frozen=True)
+class Kept:
+    """Which pairs of a block are kept, as signs of their halves: of row r, signs[r]."""
+
+    signs: list[list[Int32]]
+
+    def sign(self, r: int, n: int) -> Int32:
+        return self.signs[r][n]
+
+    def drop(self, tOrP: list) -> list:
+        """What is left of P as update of softmax.py returns it."""
+        left = [[list(pairs) for pairs in row] for row in tOrP]
+        for r in range(2 * len(left)):
+            m, half = r // 2, r % 2
+            for n in range(2 * len(left[m])):
+                place, sign = 2 * (n % 2) + half, self.sign(r, n)
+                left[m][n // 2][place] = left[m][n // 2][place] & byte_permute(sign, sign, SIGNS)
+        return left
+
+
+@dataclass(frozen=True)
+class KeptInBits(Kept):
+    """Bit j of a half of signs[i]: pair 16 i + j, row after row."""
+
+    n_frags: int
+
+    def sign(self, r: int, n: int) -> Int32:
+        index, place = divmod(r * self.n_frags + n, 16)
+        return self.signs[index] << (15 - place)

@@ -15,7 +15,7 @@ from cutlass import Float32, Int32, Int64, cute
 from flash_attn_sm120.arguments import Modifiers, Numbers
 from flash_attn_sm120.device.alibi import add_alibi
 from flash_attn_sm120.device.block_range import BlockRange
-from flash_attn_sm120.device.dropout import Dropper
+from flash_attn_sm120.device.dropout import Dropper, Kept
 from flash_attn_sm120.device.epilogue import stage_output, store_lse, store_output
 from flash_attn_sm120.device.fp8 import rows_to_f16
 from flash_attn_sm120.device.fragments import accumulators
@@ -213,12 +213,17 @@ class ForwardTile:
         if self.config.layout_o != self.config.layout_q:
             cute.arch.barrier(barrier_id=MATRIX_BARRIER, number_of_threads=32 * self.config.plan.num_warps)
 
-    def count_anew(self, count: Int32) -> Int32:
-        """Of blocks, from memory where the tile and Q leave it no register."""
+    @property
+    def is_roomy(self) -> bool:
+        """Whether O, S and Q leave registers for more."""
         config = self.config
         q_columns = min(config.layout_q.cols, Q_COLUMNS_KEPT) // 2 if config.plan.q_in_registers else 0
         columns = config.layout_v.cols + config.plan.tile_n + q_columns
-        return count if columns * config.warp_rows // 32 <= ROOMY else read_block_count(self.note)
+        return columns * config.warp_rows // 32 <= ROOMY
+
+    def count_anew(self, count: Int32) -> Int32:
+        """Of blocks, from memory where the tile leaves it no register."""
+        return count if self.is_roomy else read_block_count(self.note)
 
     def sees(self, n: Int32) -> cutlass.Boolean:
         """Whether any row of the warp sees any column of the block; a branch here costs nothing, unlike one inside."""
@@ -257,14 +262,17 @@ class ForwardTile:
 
     def block(self, n: Int32, i: Int32, masked: bool, modded: bool = True) -> None:
         """Once K is there. masked: some of its places may not be seen; modded: mask_mod is asked."""
-        stage = self.stage(i)
+        stage, kept = self.stage(i), None
+        if self.config.problem.dropout:  # beside the products, which leave time for it
+            dropper, n_frags = self.dropper(n), self.tSrS.shape[1]
+            kept = dropper.kept(n_frags) if self.is_roomy else dropper.kept_in_bits(n_frags)
         self.scores(stage.shared)
         self.arrive(stage.bars["k_free"], self.tSrS)
         if self.config.plan.note_bytes > TILE_NOTE_BYTES:
             i = copy_anew(i)
             stage = self.stage(i)
         stage.wait_for_v()
-        self.accumulate(stage.shared, n, i, masked, modded)
+        self.accumulate(stage.shared, n, i, masked, modded, kept)
         self.arrive(stage.bars["v_free"], self.tOrO)
 
     def scores(self, shared: Int32) -> None:
@@ -273,20 +281,20 @@ class ForwardTile:
         sQ = config.layout_q.matrix(self.q_rows, self.lane)
         qk_product(self.tSrQ, sQ, sK, self.tSrS, config.mma_dtype)
 
-    @cute.jit
-    def accumulate(self, shared: Int32, n: Int32, i: Int32, masked: cutlass.Constexpr, modded: cutlass.Constexpr):
+    def accumulate(self, shared: Int32, n: Int32, i: Int32, masked: bool, modded: bool, kept: Kept | None) -> None:
+        """kept: what dropout leaves."""
         config = self.config
-        if cutlass.const_expr(config.problem.modded):
+        if config.problem.modded:
             self.apply_mods(self.number_anew(i), masked, modded)
-        if cutlass.const_expr(config.problem.softcap):
+        if config.problem.softcap:
             apply_softcap(self.tSrS, self.scales, self.cap_scale)
-        if cutlass.const_expr(config.problem.alibi):
+        if config.problem.alibi:
             self.add_alibi(n)
-        if cutlass.const_expr(masked):
+        if masked:
             self.mask(self.number_anew(i) if config.problem.block_sparse else n)
         tOrP = self.softmax.update(self.tSrS, self.tOrO, config.mma_dtype)
-        if cutlass.const_expr(config.problem.dropout):
-            tOrP = self.dropper(self.number_anew(i)).drop(tOrP)
+        if kept is not None:
+            tOrP = kept.drop(tOrP)
         sV = config.layout_v.matrix(shared, self.lane, config.offset_v)
         pv_product(sV, tOrP, self.tOrO, config.mma_dtype)
 
