@@ -276,12 +276,12 @@ class ForwardTile:
     @cute.jit
     def accumulate(self, shared: Int32, n: Int32, i: Int32, masked: cutlass.Constexpr, modded: cutlass.Constexpr):
         config = self.config
-        if cutlass.const_expr(config.problem.modded):
-            self.apply_mods(self.number_anew(i), masked, modded)
         if cutlass.const_expr(config.problem.softcap):
             apply_softcap(self.tSrS, self.scales, self.cap_scale)
         if cutlass.const_expr(config.problem.alibi):
             self.add_alibi(n)
+        if cutlass.const_expr(config.problem.modded):  # after the softcap, which makes a number of -inf
+            self.apply_mods(self.number_anew(i), masked, modded)
         if cutlass.const_expr(masked):
             self.mask(self.number_anew(i) if config.problem.block_sparse else n)
         tOrP = self.softmax.update(self.tSrS, self.tOrO, config.mma_dtype)
