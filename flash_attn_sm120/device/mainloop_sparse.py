@@ -55,7 +55,8 @@ class SparseTile(ForwardTile):
         within = divide(j, self.tiles_a_block)
         address = Int64(cutlass.Uint32(low)) | Int64(high) << 32
         block = load_global_b32_if(address + Int64(within) * 4, Int32(i < mask_tiles + full_tiles))
-        block = clamp(block, Int32(0), divide(seqlen_k, self.config.problem.sparse_block[1]))
+        cols = self.config.problem.sparse_block[1]
+        block = clamp(block, Int32(0), divide(seqlen_k + (cols - 1), cols))  # of the last, the one behind the end
         return block * self.tiles_a_block + (j - within * self.tiles_a_block)
 
     def number_anew(self, i: Int32) -> Int32:
