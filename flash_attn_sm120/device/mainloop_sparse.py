@@ -35,8 +35,8 @@ class SparseTile(ForwardTile):
             place = (tile.batch, tile.head, cutlass.min(row, cnt.shape[2] - 1))
             steps = zip(place, cnt.stride, strict=True)
             offset = sum((Int64(at) * Int64(stride) for at, stride in steps), Int64(0))
-            exists = Int32(row < cnt.shape[2])
-            count = load_global_b32_if(cnt.iterator.toint() + offset * 4, exists)
+            exists = (row < cnt.shape[2]) & (self.seq_q.length > 0) & (self.seq_k.length > 0)
+            count = load_global_b32_if(cnt.iterator.toint() + offset * 4, Int32(exists))
             counts.append(clamp(count, Int32(0), idx.shape[3]) * self.tiles_a_block)
             steps = zip(place, idx.stride[:3], strict=True)
             offset = sum((Int64(at) * Int64(stride) for at, stride in steps), Int64(0))
@@ -55,7 +55,8 @@ class SparseTile(ForwardTile):
         within = divide(j, self.tiles_a_block)
         address = Int64(cutlass.Uint32(low)) | Int64(high) << 32
         block = load_global_b32_if(address + Int64(within) * 4, Int32(i < mask_tiles + full_tiles))
-        block = clamp(block, Int32(0), divide(seqlen_k, self.config.problem.sparse_block[1]))
+        cols = self.config.problem.sparse_block[1]
+        block = clamp(block, Int32(0), divide(seqlen_k + (cols - 1), cols))  # of the last, the one behind the end
         return block * self.tiles_a_block + (j - within * self.tiles_a_block)
 
     def number_anew(self, i: Int32) -> Int32:
