@@ -1,9 +1,9 @@
 """Dropout of attention weights: which are kept follows from (seed, batch, head, row, column) and nothing else.
 
-Philox 4x32 with 7 rounds: key = seed, counter = (group of columns, group of rows, head, batch). A group is what a lane has
-of 16 x 32 accumulators of mma.sync: a word for each 8 columns, in it a byte for each of two neighbouring columns of two
-rows 8 apart. A weight is dropped where the low 7 bits of its byte are below a threshold; 8 of the bits left over decide,
-for the group, between two neighbouring thresholds, so that the chance is right to 2^-15.
+Philox 4x32 with 7 rounds: key = seed, counter = (group of columns, group of rows, head, batch). A group is what a lane
+has of 16 x 32 accumulators of mma.sync: a word for each 8 columns, in it a byte for each of two neighbouring columns of
+two rows 8 apart. A weight is dropped where the low 7 bits of its byte are below a threshold; 8 of the bits left over
+decide, for the group, between two neighbouring thresholds, so that the chance is right to 2^-15.
 flash_attn_sm120/dropout.py is the same in PyTorch.
 Source: Salmon et al., "Parallel Random Numbers: As Easy as 1, 2, 3" (2011).
 """
@@ -18,7 +18,7 @@ from cutlass import Int32, Uint32
 from flash_attn_sm120.device.ptx import byte_permute, multiply_wide
 from flash_attn_sm120.dropout import MULTIPLIERS, ROUNDS, WEYL
 
-ROWS, COLUMNS = 16, 32  # of a group of all lanes
+COLUMNS = 32  # that the groups of a warp's lanes make up
 EVERY_BYTE = 0x01010101
 OWN_BITS, TOP_BITS = 0x7F7F7F7F, 0x80808080 - (1 << 32)
 SECOND_BITS = 0x40404040
@@ -53,7 +53,7 @@ class Dropper:
     lane: Int32
 
     def signs(self, m: int, n_frags: int) -> list[Int32]:
-        """For each 8 columns the four weights of rows 16 m to 16 m + 15: the top bit of a byte is set where one stays."""
+        """For each 8 columns the four weights of rows 16 m to 16 m + 15: a byte's top bit is set where one stays."""
         rows = self.first_row // 2 + (8 * m + self.lane // 4)
         found = []
         for first in range(0, n_frags, COLUMNS // 8):
