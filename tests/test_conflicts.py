@@ -8,11 +8,13 @@ from dataclasses import fields
 from pathlib import Path
 
 import pytest
+import torch
+from sparse_cases import random_blocks
 
 import flash_attn_sm120
-from flash_attn_sm120 import dispatch
+from flash_attn_sm120 import dispatch, flash_attn_func
 from flash_attn_sm120.problem import AttentionProblem
-from flash_attn_sm120.variants import variants
+from flash_attn_sm120.variants import changed_variants, variants
 
 PACKAGE = Path(flash_attn_sm120.__file__).parent
 SOURCES = sorted([*PACKAGE.glob("kernels/*.py"), *PACKAGE.glob("device/*.py")])
@@ -114,3 +116,28 @@ def test_varlen_never_takes_tma():
                 varied = AttentionProblem(**{**values, **mixed})
                 if varied.varlen:
                     assert "tma" not in dispatch.choose(varied).kernel
+
+
+@pytest.mark.parametrize("arch", ["sm_90a", "sm_120a", "sm_121a"])
+def test_tma_brings_zeros_only_where_the_tensor_ends(arch):
+    pytest.importorskip("cutlass")
+    ways = set()
+    for problem in changed_variants():
+        for plan in dispatch.candidates(problem, arch):
+            ways.add(plan.way)
+            assert plan.way != "tma" or not (problem.varlen or problem.paged)
+            assert plan.way != "page_boxes" or not problem.block_sparse
+    assert ways == {"tma", "cp_async", "pages", "page_boxes", "fp8"}
+
+
+def keep_all(batch, head, q_idx, kv_idx, seqlen_info, aux_tensors):
+    return kv_idx >= 0
+
+
+@pytest.mark.parametrize("rows", [1, 16])
+def test_changed_calls_of_few_rows_are_not_decoded(rows, recorder):
+    q, k = (torch.zeros(2, n, 2, 64, dtype=torch.bfloat16) for n in (rows, 99))
+    lists = random_blocks(1, 1, rows, 99, (64, 32), 0.5, ("full",))
+    for given in ({"dropout_p": 0.1}, {"mask_mod": keep_all}, {"block_sparse_tensors": lists}, {}):
+        flash_attn_func(q, k, k, **given)
+    assert [problem.decode for problem in recorder.problems] == [False, False, False, True]

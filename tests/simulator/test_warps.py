@@ -189,6 +189,28 @@ def test_named_barrier_faults(old, new, kind):
         run(kernel_text(PING.replace(old, new), 1, head=HEAD), {"out": aligned(32, np.uint32)}, block=(64, 1, 1))
 
 
+ROUNDS = """
+    mov.u32 %r1, %tid.x; mov.u32 %r2, %ctaid.x; mov.b32 %r3, buffer; shl.b32 %r4, %r1, 2; add.u32 %r4, %r3, %r4;
+    st.shared.b32 [%r4], %r1; mad.lo.u32 %r6, %r2, 3, 1;
+    LOOP: bar.sync 0; sub.u32 %r6, %r6, 1; setp.ne.u32 %p1, %r6, 0; @%p1 bra LOOP;
+    and.b32 %r7, %r1, 15; shl.b32 %r7, %r7, 4; add.u32 %r7, %r3, %r7;
+    ld.shared.v4.b32 {%r10, %r11, %r12, %r13}, [%r7];
+    bar.sync 0; mov.b32 %r14, 5; st.shared.b32 [%r4], %r14;
+    ld.param.b64 %d1, [p0]; mad.lo.u32 %r8, %r2, 64, %r1; mad.wide.u32 %d1, %r8, 4, %d1; st.global.b32 [%d1], %r13;
+"""
+
+
+def test_reads_of_many_granules_by_warps_of_different_clocks():
+    """CTAs come to one instruction after different numbers of barriers; what each has read is its own clock's."""
+    out = aligned(4 * 64, np.uint32)
+    run(kernel_text(ROUNDS, 1, head=HEAD), {"out": out}, block=(64, 1, 1), grid=(4, 1, 1))
+    np.testing.assert_array_equal(out, np.tile(np.arange(64) % 16 * 4 + 3, 4))
+    unordered = ROUNDS.replace("bar.sync 0; mov.b32", "mov.b32")
+    assert unordered != ROUNDS
+    with pytest.raises(SimulationError, match="write not ordered after a read"):
+        run(kernel_text(unordered, 1, head=HEAD), {"out": out}, block=(64, 1, 1), grid=(4, 1, 1))
+
+
 def test_two_warps_write_the_same_place():
     body = "mov.b32 %r2, buffer; mov.u32 %r1, %tid.x; and.b32 %r1, %r1, 31; shl.b32 %r1, %r1, 2; " + (
         "add.u32 %r2, %r2, %r1; st.shared.b32 [%r2], %r1;"
