@@ -68,7 +68,7 @@ class CpAsyncLoader(QueryLoader):
         cute.arch.cp_async_mbarrier_arrive_noinc(stage.bars["v_full"])
 
     def start_list(self, n: Int32) -> None:
-        """n: the first listed tile."""
+        """n: the tile that load_listed is called with next."""
         page = self.keys.page_number(n)
         self.keys.hold(page, page)
 

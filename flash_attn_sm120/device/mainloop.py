@@ -149,17 +149,17 @@ class ForwardTile:
             if cutlass.const_expr(self.loader.warps > 1):
                 cute.arch.barrier(barrier_id=COPYING_BARRIER, number_of_threads=32 * self.loader.warps)
             self.loader.load_q(self.q_full)
-            if cutlass.const_expr(self.starts_early):
-                if blocks.begin < blocks.end:
-                    self.loader.begin(blocks, self.stage(0))
+            self.load_first(blocks)
         if self.thread == 0:
             self.write_note(blocks)
         cute.arch.sync_threads()
 
-    @property
-    def starts_early(self) -> bool:
-        """Whether the first block is asked for before the thread block's warps have met."""
-        return self.loader.starts_early
+    @cute.jit
+    def load_first(self, blocks: BlockRange):
+        """The first block is asked for before the thread block's warps have met, where the loader can do so."""
+        if cutlass.const_expr(self.loader.starts_early):
+            if blocks.begin < blocks.end:
+                self.loader.begin(blocks, self.stage(0))
 
     def copies(self) -> cutlass.Boolean:
         """Whether the warp is one of those that copy."""
@@ -171,10 +171,10 @@ class ForwardTile:
     @cute.jit
     def feed(self, blocks: BlockRange):
         """A loading warp: each tile of K and V as soon as there is room for it."""
-        if cutlass.const_expr(not self.starts_early):
+        if cutlass.const_expr(not self.loader.starts_early):
             if blocks.begin < blocks.end:
                 self.loader.begin(blocks, self.stage(0))
-        for i in cutlass.range(1 if self.starts_early else 0, blocks.end - blocks.begin, unroll=1):
+        for i in cutlass.range(1 if self.loader.starts_early else 0, blocks.end - blocks.begin, unroll=1):
             n, stage = blocks.end - 1 - i, self.stage(i)
             self.loader.load_k(n, stage)
             self.loader.load_v(n, stage)

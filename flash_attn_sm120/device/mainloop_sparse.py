@@ -10,7 +10,7 @@ from cutlass import Int32, Int64, cute
 
 from flash_attn_sm120.device.block_range import BlockRange
 from flash_attn_sm120.device.mainloop import ForwardTile
-from flash_attn_sm120.device.ptx import load_global_b32_if, load_shared_v4
+from flash_attn_sm120.device.ptx import load_global_b32, load_global_b32_if, load_shared_v4
 from flash_attn_sm120.device.scheduler import read_blocks
 from flash_attn_sm120.device.seqlen import clamp, divide
 
@@ -21,10 +21,6 @@ class SparseTile(ForwardTile):
     @property
     def tiles_a_block(self) -> int:
         return self.config.problem.sparse_block[1] // self.config.plan.tile_n
-
-    @property
-    def starts_early(self) -> bool:
-        return False
 
     def listed(self) -> tuple[Int32, Int32, Int64, Int64]:
         """(tiles of the mask list, of the full list, address of the first's blocks, of the second's)."""
@@ -55,9 +51,12 @@ class SparseTile(ForwardTile):
         within = divide(j, self.tiles_a_block)
         address = Int64(cutlass.Uint32(low)) | Int64(high) << 32
         block = load_global_b32_if(address + Int64(within) * 4, Int32(i < mask_tiles + full_tiles))
+        return self.first_tile(block, seqlen_k) + (j - within * self.tiles_a_block)
+
+    def first_tile(self, block: Int32, seqlen_k: Int32) -> Int32:
+        """Of a listed block, which is at most the one behind the sequence's end."""
         cols = self.config.problem.sparse_block[1]
-        block = clamp(block, Int32(0), divide(seqlen_k + (cols - 1), cols))  # of the last, the one behind the end
-        return block * self.tiles_a_block + (j - within * self.tiles_a_block)
+        return clamp(block, Int32(0), divide(seqlen_k + (cols - 1), cols)) * self.tiles_a_block
 
     def number_anew(self, i: Int32) -> Int32:
         return self.number(i)
@@ -68,12 +67,22 @@ class SparseTile(ForwardTile):
         return mask_tiles, full_tiles
 
     @cute.jit
+    def load_first(self, blocks: BlockRange):
+        """Before there is a note to read."""
+        mask_tiles, full_tiles, mask_at, full_at = self.listed()
+        if mask_tiles + full_tiles > 0:
+            bs_address = cutlass.select_(mask_tiles > 0, mask_at, full_at)
+            bs_n = self.first_tile(load_global_b32(bs_address), self.seq_k.length)
+            self.loader.start_list(bs_n)
+            self.loader.load_listed(bs_n, bs_n, self.stage(0))
+
+    @cute.jit
     def feed(self, blocks: BlockRange):
         """A loading warp. The next tile's number is on its way while it waits for room."""
         mask_tiles, full_tiles = self.counts()
-        bs_n = self.number(Int32(0))
+        bs_n = self.number(Int32(1))
         self.loader.start_list(bs_n)
-        for i in cutlass.range(mask_tiles + full_tiles, unroll=1):
+        for i in cutlass.range(1, mask_tiles + full_tiles, unroll=1):
             bs_next = self.number(i + 1)
             self.loader.load_listed(bs_n, bs_next, self.stage(i))
             bs_n = bs_next
