@@ -25,7 +25,8 @@ from flash_attn_sm120.arguments import Arguments, Modifiers, Numbers
 from flash_attn_sm120.block_sparse import BlockSparseTensors
 from flash_attn_sm120.changes import changes_of, kernel_fields, problem_fields
 from flash_attn_sm120.checks import target_of
-from flash_attn_sm120.dispatch import Plan, choose, plans_for
+from flash_attn_sm120.compile import build_best
+from flash_attn_sm120.dispatch import Plan, candidates
 
 DENSE = [Cell(4, 4096, mask=mask) for mask in ("full", "causal")]
 SPARSE = Cell(1, 16384)
@@ -61,10 +62,9 @@ def plans_of(cell: Cell, options: dict, every: bool) -> tuple[object, list[Plan]
     names = ("dropout_p", "dropout_seed", "score_mod", "mask_mod", "aux_tensors", "aux_scalars", "block_sparse_tensors")
     changes = changes_of(torch.empty(0, device="cuda"), *(options.get(name) for name in names))
     problem = replace(cell.problem, **problem_fields(changes))
-    target = target_of(torch.cuda.get_device_capability())
-    picked = choose(problem, target)
-    plans = plans_for(picked.kernel, problem, target)
-    return (problem, changes), plans if every else plans[:1]
+    plans = candidates(problem, "sm_120a")
+    picked = build_best(problem, "sm_120a")[1]  # what SM120 gets, which another target's registers might not allow
+    return (problem, changes), plans if every else [picked]
 
 
 def call_of(cell: Cell, problem, changes, plan: Plan, occupancy: str) -> Callable:

@@ -121,15 +121,16 @@ def test_extremes():
 
 def paged(device, k, v, lengths, page_size=16):
     """Pools that hold padded k and v (batch, seqlen_k, ...) in shuffled pages, NaN elsewhere, and the arguments."""
-    pages = -(-k.shape[1] // page_size)
+    pages = max(-(-k.shape[1] // page_size), 1)
     table = torch.randperm(pages * len(lengths)).view(len(lengths), pages)
     pools = [
         torch.full((table.numel(), page_size, *x.shape[2:]), math.nan, dtype=x.dtype, device=device) for x in (k, v)
     ]
     for b, length in enumerate(lengths):
-        for row in range(length):
-            for pool, x in zip(pools, (k, v), strict=True):
-                pool[table[b, row // page_size], row % page_size] = x[b, row]
+        row = torch.arange(length)
+        place = (table[b, row // page_size].to(device), (row % page_size).to(device))
+        for pool, x in zip(pools, (k, v), strict=True):
+            pool[place] = x[b, :length]
     return *pools, {"page_table": table.int().to(device), "seqused_k": ints(device, *lengths)}
 
 
