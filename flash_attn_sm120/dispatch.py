@@ -112,17 +112,17 @@ FP8_TILES = tuple(
 # For sparse blocks of fewer rows, and functions of the caller that take many registers.
 NARROW_TILES = tuple(
     TileRow(d, d, tile_m=64, tile_n=tile_n, num_warps=4, blocks_per_sm=2, ways=("cp_async", "pages", "tma"))
-    for d, tile_n in ((128, 64), (192, 32), (256, 16))
+    for d, tile_n in ((192, 32), (256, 16))
 )
 FORWARD_TILES = (
     *COMMON_TILES[:2],
     replace(LARGEST, ways=("cp_async",), copying_warps=4, masks=("full", "causal")),
     replace(LARGEST, ways=("page_boxes",)),
-    replace(LARGEST, ways=("tma",), modifiers=CHANGES),
+    replace(LARGEST, ways=("tma",), modifiers=("block_sparse",)),
     *(row for rows in zip(FP8_TILES, COMMON_TILES[2:], strict=True) for row in rows),
     *NARROW_TILES,
 )
-FORWARD_TMA_TILES = (*COMMON_TILES[:2], replace(LARGEST, modifiers=CHANGES), *COMMON_TILES[2:], NARROW_TILES[-1])
+FORWARD_TMA_TILES = (*COMMON_TILES[:2], LARGEST, *COMMON_TILES[2:], NARROW_TILES[-1])
 TILES = {"forward": FORWARD_TILES, "forward_tma": FORWARD_TMA_TILES}
 # A thread's registers once they have changed hands, loading and matrix, by way of loading, matrix warps and tile_n:
 # together what the equal shares of the launch had.

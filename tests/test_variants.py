@@ -10,7 +10,7 @@ from oracle import assert_right, ints, marks, rand, variant_name
 from serving_cases import Case
 from sparse_cases import random_blocks
 
-from flash_attn_sm120 import calls, launchers
+from flash_attn_sm120 import calls, cubin, launchers
 from flash_attn_sm120.problem import AttentionProblem, CombineProblem
 from flash_attn_sm120.variants import changed_variants, variants
 
@@ -125,6 +125,10 @@ def test_variant(problem, device, monkeypatch):
     calls.forget()
     run_variant(problem, device.torch_device)
     assert set(met) - {COMBINE} == {problem}
+    if device.size == "short":  # what was run is kept
+        from flash_attn_sm120.simulator.attention import artifact
+
+        assert [kernel.stack_bytes for kernel in cubin.read(artifact(problem, "sm_120a").__cubin__)] == [0]
 
 
 if __name__ == "__main__":
