@@ -16,7 +16,6 @@ from flash_attn_sm120.problem import AttentionProblem, CombineProblem, padded
 from flash_attn_sm120.static_model import predict
 from flash_attn_sm120.variants import changed_variants, decode_variants, variants
 
-
 PROBLEMS = [(problem, arch) for problem in variants() for arch in ("sm_120a", "sm_121a")]
 PROBLEMS += [(problem, "sm_121a") for problem in changed_variants()]  # test_variants.py has built them for sm_120a
 
