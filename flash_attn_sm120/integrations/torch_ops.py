@@ -73,15 +73,15 @@ def in_graph(
             checks.refuse(name, "a torch.Tensor", checks.describe(tensor), TypeError)
     by_name = {name: value for name, value in given._asdict().items() if isinstance(value, torch.Tensor)}
     checks.check_forward_only({"q": q, "k": k, "v": v, "out": out, **by_name})
-    dropout_p = 0.0 if dropout_p is None else dropout_p
-    seed = seed_tensor(seed, q.device) if dropout_p != 0.0 else None
+    dropout_p = dropout_p or 0.0
+    seed = seed_tensor(seed, q.device) if dropout_p else None
     left, right = (-1, -1) if chosen.window_size is None else chosen.window_size
     named: dict[str, Any] = {
         "softmax_scale": chosen.softmax_scale,
         "causal": chosen.causal,
         "window_left": -1 if left is None else left,
         "window_right": -1 if right is None else right,
-        "softcap": 0.0 if chosen.softcap is None else chosen.softcap,
+        "softcap": chosen.softcap or 0.0,
         "attention_chunk": 0 if chosen.attention_chunk is None else chosen.attention_chunk,
         "num_splits": 0 if chosen.num_splits is None else chosen.num_splits,
         "cp_world_size": 1 if chosen.cp_world_size is None else chosen.cp_world_size,
