@@ -1,4 +1,4 @@
-"""The operators of torch.library: what PyTorch asks of them, and that compiled and exported functions compute the same."""
+"""The operators of torch.library: what PyTorch asks of them; compiled and exported functions compute the same."""
 
 import inspect
 import subprocess
@@ -141,7 +141,7 @@ def test_export(device):
 
 
 def every_option(device="cpu"):
-    """(function, arguments, options): each option of the public functions is in one of them, with a value that matters."""
+    """(function, arguments, options): each option of the public functions is in one, with a value that matters."""
     q, k, v = dense(device, batch=2)
     sink, slopes = torch.randn(2, device=device), torch.rand(2, 2, device=device)
     scale = torch.rand(2, 1, device=device) + 0.5

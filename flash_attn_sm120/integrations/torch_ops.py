@@ -1,10 +1,10 @@
 """torch.library operators, which torch.compile and torch.export take as they are; importing this module defines them.
 
-flash_attn_sm120::fwd, ::varlen_fwd, ::paged_fwd and ::combine return (out, lse); the ones named *_out write a tensor that
-is given and return lse. In a compiled function flash_attn_func, flash_attn_varlen_func and flash_attn_combine become
-these by themselves. Arguments mean what they mean there, with these differences: window_size is two ints, a descale that
-is a number has a name of its own, dropout needs the seed's tensor, lse is empty, of shape (0,), where return_lse is False.
-They run on CUDA tensors, and on CPU tensors while flash_attn_sm120.simulator.simulate is open.
+flash_attn_sm120::fwd, ::varlen_fwd, ::paged_fwd and ::combine return (out, lse); the ones named *_out write a tensor
+that is given and return lse. In a compiled function flash_attn_func, flash_attn_varlen_func and flash_attn_combine
+become these by themselves. Arguments mean what they mean there, with these differences: window_size is two ints, a
+descale that is a number has a name of its own, dropout needs the seed's tensor, lse is empty, of shape (0,), where
+return_lse is False. They run on CUDA tensors, and on CPU tensors while flash_attn_sm120.simulator.simulate is open.
 """
 
 from __future__ import annotations
@@ -15,7 +15,6 @@ from typing import Any
 import torch
 
 from flash_attn_sm120 import checks, interface
-from flash_attn_sm120.block_sparse import BlockSparseTensors
 from flash_attn_sm120.calls import Options, Tensors
 from flash_attn_sm120.changes import changes_of
 from flash_attn_sm120.dropout import seed_tensor
@@ -130,8 +129,8 @@ def combine_in_graph(
 
 
 @torch.compiler.disable(
-    reason="score_mod, mask_mod, aux_tensors, aux_scalars and block_sparse_tensors aren't arguments of an operator: such "
-    "a call runs outside of the compiled graph, and fullgraph=True refuses it"
+    reason="score_mod, mask_mod, aux_tensors, aux_scalars and block_sparse_tensors aren't arguments of an operator: "
+    "such a call runs outside of the compiled graph, and fullgraph=True refuses it"
 )
 def _outside(
     q: torch.Tensor,
