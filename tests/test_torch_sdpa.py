@@ -234,7 +234,7 @@ def test_activation_without_the_flash_backend_leaves_pytorch_alone():
 
 def test_an_older_pytorch_is_told_so(monkeypatch):
     monkeypatch.delattr(attention, "register_flash_attention_impl")
-    with pytest.raises(NotImplementedError, match="torch: expected 2.11 or later"):
+    with pytest.raises(NotImplementedError, match=r"torch: expected 2\.11 or later"):
         torch_sdpa.register()
 
 
@@ -246,9 +246,9 @@ def test_on_a_gpu_sdpa_is_ours(gpu, caplog):
         expected = torch.nn.functional.scaled_dot_product_attention(q.float(), k.float(), v.float(), **options)
     attention.activate_flash_attention_impl("FLASH_ATTN_SM120")
     try:
-        with caplog.at_level(logging.DEBUG, "flash_attn_sm120.sdpa"):
-            with attention.sdpa_kernel(attention.SDPBackend.FLASH_ATTENTION):
-                found = torch.nn.functional.scaled_dot_product_attention(q, k, v, **options)
+        caplog.set_level(logging.DEBUG, "flash_attn_sm120.sdpa")
+        with attention.sdpa_kernel(attention.SDPBackend.FLASH_ATTENTION):
+            found = torch.nn.functional.scaled_dot_product_attention(q, k, v, **options)
     finally:
         attention.restore_flash_attention_impl()
     assert_near(found, expected)

@@ -1,5 +1,5 @@
-"""torch.nn.functional.scaled_dot_product_attention and torch.nn.attention.varlen on these kernels, where PyTorch's flash
-backend would run: register(), then torch.nn.attention.activate_flash_attention_impl("FLASH_ATTN_SM120"). PyTorch 2.11.
+"""torch.nn.functional.scaled_dot_product_attention and torch.nn.attention.varlen on these kernels, where PyTorch's
+flash backend would run: register(), then torch.nn.attention.activate_flash_attention_impl("FLASH_ATTN_SM120").
 
 What these kernels don't do goes on to the kernel that PyTorch had: gradients, dropout, the debug mask, and what
 flash_attn_func and flash_attn_varlen_func refuse. The logger "flash_attn_sm120.sdpa" says why, at level DEBUG.
@@ -86,8 +86,9 @@ def dense_sdpa(
     *,
     scale: float | None = None,
 ) -> tuple:
-    """aten::_scaled_dot_product_flash_attention: query (batch, heads, seqlen_q, head_dim), key and value (batch, heads_kv,
-    seqlen_k, head_dim). Returns what that does, out with query's layout. Raises one of REFUSALS for what isn't ours."""
+    """aten::_scaled_dot_product_flash_attention: query (batch, heads, seqlen_q, head_dim), key and value (batch,
+    heads_kv, seqlen_k, head_dim). Returns what that does, out with query's layout. Raises one of REFUSALS for what
+    isn't ours."""
     _check(query, key, value, dropout_p, return_debug_mask)
     out = torch.empty_like(query)
     q, k, v = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
