@@ -57,7 +57,7 @@ def tokens(device, batch, seqlen):
 
 
 def assert_as_eager(model, inputs, where=slice(None)):
-    """Of the rows `where`: the error against float32 is at most twice that of eager in bfloat16. Returns it and truth."""
+    """Of the rows `where`: the error against float32 is at most twice that of eager in bfloat16. Returns both."""
     exact = run(model.to(torch.bfloat16), "eager", torch.float32, inputs)[where]
     rounded = run(model, "eager", torch.bfloat16, inputs)[where]
     found = run(model, "flash_attn_sm120", torch.bfloat16, inputs)[where]
@@ -191,7 +191,7 @@ def patterns_of():
 
 
 def masks_of(total):
-    """Attention masks of two sequences over `total` tokens."""
+    """Attention masks of two sequences over `total` tokens; the last has padding between them."""
     tail = total // 3
     yield None
     for first in ("#" * total, "." * tail + "#" * (total - tail), "#" * (total - tail) + "." * tail):
@@ -200,15 +200,21 @@ def masks_of(total):
     yield padded("cpu", "#.#" + "#" * (total - 3), "#" * total).bool()
 
 
+# A cache with room left is a decoder's.
+WHERE = [
+    (i, pattern)
+    for i in range(len(SITUATIONS))
+    for pattern in patterns_of()
+    if i not in (3, 4, 5) or "bi" not in pattern
+]
+
+
 @pytest.mark.parametrize("traced", [False, True])
-@pytest.mark.parametrize("pattern", patterns_of())
-@pytest.mark.parametrize("situation", range(len(SITUATIONS)))
+@pytest.mark.parametrize("situation, pattern", WHERE)
 def test_masks_are_those_of_eager(situation, pattern, traced, reference_kernels, monkeypatch):
-    """Both forms, by what attention makes of them: rows of tokens that there are, with all masks that the rest may have."""
+    """By what attention makes of them, for the rows of tokens that there are; traced: as a graph would have them."""
     q_length, kv_length, q_offset, kv_offset, total = SITUATIONS[situation]
     function, window, causal = patterns_of()[pattern]
-    if not causal and kv_length > total - kv_offset:
-        pytest.skip("a cache with room is a decoder's")
     sizes = {"batch_size": 2, "q_length": q_length, "kv_length": kv_length}
     sizes |= {"q_offset": q_offset, "kv_offset": kv_offset, "mask_function": function}
     q = rand("cpu", 2, 2, q_length, 16)
@@ -216,24 +222,19 @@ def test_masks_are_those_of_eager(situation, pattern, traced, reference_kernels,
     written = int(q_offset) + q_length - kv_offset
     k[:, :, written:], v[:, :, written:] = math.nan, math.nan
     clean = (k.nan_to_num(), v.nan_to_num())
+    if traced:
+        monkeypatch.setattr(
+            integration, "_layout", lambda there, queries, _: integration._traced_layout(there, queries)
+        )
     for there in masks_of(total):
+        if "sliding" in pattern and there is not None and there[0, 0] and not there[0, 1]:
+            continue  # a window doesn't go with padding between tokens
         expected = masking_utils.sdpa_mask(**sizes, attention_mask=there, allow_is_causal_skip=False)
-        with monkeypatch.context() as patch:
-            if traced and there is not None:
-                patch.setattr(
-                    integration, "_layout", lambda there, queries, _: integration._traced_layout(there, queries)
-                )
-            try:
-                given = integration.mask(**sizes, attention_mask=there)
-            except NotImplementedError as refused:
-                assert "padding between" in str(refused) and "sliding" in pattern
-                continue
+        given = integration.mask(**sizes, attention_mask=there)
         found, weights = integration.attention(
             layer(), q, *(k, v) if causal else clean, given, is_causal=causal, sliding_window=window
         )
         rows = slice(None) if there is None else there[:, int(q_offset) : int(q_offset) + q_length]
-        if traced and "sliding" in pattern and there is not None and not there[0, :2].all():
-            continue
         exact = scores_of(expected, q, *clean)
         torch.testing.assert_close(found.float()[rows], exact[rows], rtol=2e-2, atol=2e-2)
         assert weights is None
@@ -317,7 +318,7 @@ def test_masks_that_are_refused():
 
 
 def test_an_older_transformers_is_told_so(monkeypatch):
-    monkeypatch.setattr(transformers, "__version__", "4.57.6")
+    monkeypatch.setattr("transformers.__version__", "4.57.6")
     with pytest.raises(NotImplementedError, match="transformers: expected 5 or later"):
         integration.register()
 
@@ -328,5 +329,5 @@ def test_registering_again_changes_nothing():
     before = loader._lazy_imports
     integration.register()
     assert loader._lazy_imports is before
-    with pytest.raises(Exception, match="flash_attn"):
+    with pytest.raises(ImportError, match="kernels"):
         loader._lazy_imports("flash_attention_2")

@@ -27,13 +27,15 @@ if TYPE_CHECKING:
 NAME = "flash_attn_sm120"
 # What models hand to every attention function, of no meaning to this one.
 OTHERS = (
-    "position_ids", "cache_position", "position_embeddings", "use_cache", "return_dict", "num_items_in_batch", "seq_idx",
-    "output_hidden_states", "output_router_logits", "logits_to_keep", "token_type_ids", "mm_token_type_ids",
+    "position_ids", "cache_position", "position_embeddings", "use_cache", "return_dict", "num_items_in_batch",
+    "output_hidden_states", "output_router_logits", "logits_to_keep", "token_type_ids", "mm_token_type_ids", "seq_idx",
 )  # fmt: skip
 PLAIN = ("causal_mask_function", "bidirectional_mask_function")
 OVERLAYS = ("sliding_window_overlay", "sliding_window_bidirectional_overlay", "chunked_overlay")
 PACKED = "packed_sequence_mask_function"
 REMAPPED = "remap_positions_for_packed_sequence"
+
+_masks: Any = None  # transformers.masking_utils, once registered; an import can't be part of a graph
 
 
 def register() -> None:
@@ -41,10 +43,14 @@ def register() -> None:
 
     Raises ImportError without transformers, NotImplementedError where it is older than 5."""
     import transformers
+    from transformers import masking_utils
     from transformers import modeling_flash_attention_utils as loader
+
+    global _masks
 
     if int(transformers.__version__.split(".")[0]) < 5:
         refuse("transformers", "5 or later", transformers.__version__, NotImplementedError)
+    _masks = masking_utils
     transformers.AttentionInterface.register(NAME, attention)
     transformers.AttentionMaskInterface.register(NAME, mask)
     # it takes every name with "flash" in it for a package that it has to import
@@ -226,19 +232,18 @@ def patterns(mask_function: Any) -> set[str] | None:
     """Names of what a mask function of transformers is made of, None where that is not known.
 
     In a graph that is traced an intersection is {"and_masks"}: there its parts can't be looked at."""
-    name = getattr(mask_function, "__qualname__", "")
-    home = getattr(mask_function, "__module__", "")
-    if home != "transformers.masking_utils":
+    for name in PLAIN:
+        if mask_function is getattr(_masks, name):
+            return {name}
+    if torch.compiler.is_compiling():
+        return {"and_masks"} if mask_function.__code__.co_name == "and_mask" else None
+    outer, nested, _ = getattr(mask_function, "__qualname__", "").partition(".<locals>.")
+    if not nested or mask_function.__module__ != _masks.__name__:
         return None
-    if name in PLAIN:
-        return {name}
-    outer = name.partition(".<locals>.")[0]
     if outer in (*OVERLAYS, PACKED):
         return {outer}
     if outer not in ("and_masks", REMAPPED):
         return None
-    if torch.compiler.is_compiling():
-        return {outer}
     cells = dict(zip(mask_function.__code__.co_freevars, mask_function.__closure__, strict=True))
     inner = cells["mask_functions"].cell_contents if outer == "and_masks" else (cells["mask_function"].cell_contents,)
     found: set[str] = set()
