@@ -97,6 +97,8 @@ def test_padding(name, side, device):
     inputs["position_ids"] = (there.cumsum(-1) - 1).clamp(min=0)
     model = model_of(name, device.torch_device)
     limit, exact = assert_as_eager(model, inputs, there.bool())
+    if side == "right":
+        return  # behind the tokens it changes nothing for causal ones
     del inputs["attention_mask"]
     assert (run(model, "eager", torch.float32, inputs)[there.bool()] - exact).abs().max() > 2 * limit
 
@@ -326,8 +328,9 @@ def test_an_older_transformers_is_told_so(monkeypatch):
 def test_registering_again_changes_nothing():
     from transformers import modeling_flash_attention_utils as loader
 
-    before = loader._lazy_imports
+    model = transformers.PreTrainedModel
+    before = (loader._lazy_imports, model._check_and_adjust_attn_implementation)
     integration.register()
-    assert loader._lazy_imports is before
+    assert (loader._lazy_imports, model._check_and_adjust_attn_implementation) == before
     with pytest.raises(ImportError, match="kernels"):
         loader._lazy_imports("flash_attention_2")

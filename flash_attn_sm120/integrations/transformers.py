@@ -53,21 +53,38 @@ def register() -> None:
     _masks = masking_utils
     transformers.AttentionInterface.register(NAME, attention)
     transformers.AttentionMaskInterface.register(NAME, mask)
-    # it takes every name with "flash" in it for a package that it has to import
-    if not hasattr(loader._lazy_imports, NAME):
-        loader._lazy_imports = _imports_before(loader._lazy_imports, loader)
+    # a name with "flash" in it is one of a package, to be imported, and models have lists of those that they take
+    _before(loader, "_lazy_imports", _imports_before)
+    _before(transformers.PreTrainedModel, "_check_and_adjust_attn_implementation", _check_before)
+
+
+def _before(owner: Any, name: str, make: Callable) -> None:
+    """Puts what `make` makes of a function of transformers in its place, once."""
+    original = getattr(owner, name)
+    if not hasattr(original, NAME):
+        made = make(original, owner)
+        setattr(made, NAME, True)
+        setattr(owner, name, made)
 
 
 def _imports_before(original: Callable, loader: Any) -> Callable:
-    """transformers' loader of flash attention packages, for which this one is loaded."""
+    """The loader of flash attention packages, for which this one is loaded."""
 
     def lazy_imports(implementation: str | None, *rest: Any, **named: Any) -> tuple:
         if implementation == NAME:
             return flash_attn_func, flash_attn_varlen_func, None, loader._pad_input, loader._unpad_input
         return original(implementation, *rest, **named)
 
-    setattr(lazy_imports, NAME, True)
     return lazy_imports
+
+
+def _check_before(original: Callable, _: Any) -> Callable:
+    """A model's look at the implementation's name, which all of them take if it is this one."""
+
+    def check(self: Any, attn_implementation: str | None, *rest: Any, **named: Any) -> str:
+        return NAME if attn_implementation == NAME else original(self, attn_implementation, *rest, **named)
+
+    return check
 
 
 def attention(
