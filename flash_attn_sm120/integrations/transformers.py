@@ -35,7 +35,7 @@ OVERLAYS = ("sliding_window_overlay", "sliding_window_bidirectional_overlay", "c
 PACKED = "packed_sequence_mask_function"
 REMAPPED = "remap_positions_for_packed_sequence"
 
-_masks: Any = None  # transformers.masking_utils, once registered; an import can't be part of a graph
+_masks: Any = None  # transformers.masking_utils, once registered
 
 
 def register() -> None:
