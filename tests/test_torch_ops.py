@@ -14,7 +14,7 @@ from flash_attn_sm120.block_sparse import BlockSparseTensors
 from flash_attn_sm120.integrations import torch_ops
 from flash_attn_sm120.mods import scores
 
-OPS = torch.ops.flash_attn_sm120
+OPS = getattr(torch.ops, torch_ops.NAMESPACE)
 
 
 @pytest.fixture(autouse=True)
@@ -293,8 +293,11 @@ def test_operators_and_the_public_functions_agree_on_defaults():
             assert parameters[name].default == (default, default) and argument.default_value == default
 
 
-def test_the_compiler_is_loaded_when_it_is_used():
-    """torch._dynamo takes seconds to import."""
-    code = "import sys, flash_attn_sm120.interface; sys.exit('torch._dynamo' in sys.modules)"
+def test_libraries_are_loaded_when_they_are_used():
+    """torch._dynamo and transformers take seconds to import."""
+    code = (
+        "import sys, flash_attn_sm120.interface, flash_attn_sm120.combine\n"
+        "import flash_attn_sm120.integrations.transformers, flash_attn_sm120.integrations.torch_sdpa\n"
+        "sys.exit('torch._dynamo' in sys.modules or 'transformers' in sys.modules)"
+    )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
-    assert torch_ops.NAMESPACE == "flash_attn_sm120"

@@ -105,14 +105,15 @@ def test_varlen_attn(active, own):
     assert not own.calls
 
 
-def test_varlen_attn_with_pages(active, own):
-    q, pool, where, used = rand(active, 5, 2, 32), rand(active, 6, 8, 2, 32), marks(active, 3, 2), ints(active, 20, 9)
-    table = ints(active, 5, 1, 3, 4, 0, 2).view(2, 3)
+def test_pages(device):
+    """By the function behind the operator, as not every PyTorch hands pages to it."""
+    where = device.torch_device
+    q, pool, marks_q, used = rand(where, 5, 2, 32), rand(where, 6, 8, 2, 32), marks(where, 3, 2), ints(where, 20, 9)
+    table = ints(where, 5, 1, 3, 4, 0, 2).view(2, 3)
     named = {"seqused_k": used, "block_table": table, "num_splits": 2, "scale": 0.25}
-    out = varlen.varlen_attn(q, pool, pool, where, None, 3, 24, **named)
-    lengths = {"cu_seqlens_q": where, "seqused_k": used, "page_table": table}
+    out, *_ = torch_sdpa.forward(q, pool, pool, marks_q, None, 3, 24, 0.0, False, False, **named)
+    lengths = {"cu_seqlens_q": marks_q, "seqused_k": used, "page_table": table}
     assert_near(out, reference.attention(q, pool, pool, softmax_scale=0.25, **lengths)[0])
-    assert not own.calls
 
 
 def float32(q, k, v):

@@ -225,9 +225,7 @@ def test_masks_are_those_of_eager(situation, pattern, traced, reference_kernels,
     k[:, :, written:], v[:, :, written:] = math.nan, math.nan
     clean = (k.nan_to_num(), v.nan_to_num())
     if traced:
-        monkeypatch.setattr(
-            integration, "_layout", lambda there, queries, _: integration._traced_layout(there, queries)
-        )
+        monkeypatch.setattr(integration, "_layout", integration._traced_layout)
     for there in masks_of(total):
         if "sliding" in pattern and there is not None and there[0, 0] and not there[0, 1]:
             continue  # a window doesn't go with padding between tokens
@@ -267,6 +265,42 @@ def test_a_graph_of_a_model(reference_kernels):
             inputs = {"input_ids": tokens("cpu", 2, 12), "use_cache": False, **given}
             found, expected = compiled(**inputs).logits, model(**inputs).logits
             torch.testing.assert_close(found[rows], expected[rows], rtol=2e-2, atol=2e-2)
+    torch.compiler.reset()
+
+
+def test_padding_between_tokens_in_a_window_fails_in_a_graph(recorder):
+    @torch.compile(backend="aot_eager", fullgraph=True)
+    def layout(there):
+        function = masking_utils.sliding_window_causal_mask_function(4)
+        sizes = {"batch_size": 1, "q_length": 8, "kv_length": 8}
+        return integration.mask(**sizes, mask_function=function, attention_mask=there, allow_is_causal_skip=True)
+
+    layout(padded("cpu", "..######").bool())
+    with pytest.raises(RuntimeError, match="padding at the ends only"):
+        layout(padded("cpu", "##..####").bool())
+    torch.compiler.reset()
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma2"])
+def test_generation_with_a_graph_of_each_step(name, reference_kernels):
+    """As transformers does it on GPUs with a static cache."""
+    torch.compiler.reset()
+    model = model_of(name, "cpu").to(torch.bfloat16)
+    model.set_attn_implementation("flash_attn_sm120")
+    inputs = {"input_ids": tokens("cpu", 2, 5), "attention_mask": padded("cpu", "..###", "#####")}
+    options = {"max_new_tokens": 5, "do_sample": False, "cache_implementation": "static"}
+    graphs = []
+
+    def backend(graph, _):
+        graphs.append(graph)
+        return graph.forward
+
+    how = transformers.CompileConfig(backend=backend, mode=None)
+    how._compile_all_devices = True
+    found = model.generate(**inputs, **options, compile_config=how)
+    calls = [node for graph in graphs for node in graph.graph.nodes if "flash_attn_sm120" in str(node.target)]
+    assert len(calls) >= 2
+    assert torch.equal(found, model.generate(**inputs, **options, disable_compile=True))
     torch.compiler.reset()
 
 

@@ -241,8 +241,8 @@ def mask(
         queries = there[:, torch.arange(q_length, device=device) + (written - q_length)]
     else:
         queries = None
-    windowed = bool(names & set(OVERLAYS) - {"chunked_overlay"})
-    return _layout(there, queries, windowed) if not traced else _traced_layout(there, queries)
+    windowed = bool(names & {"and_masks", *OVERLAYS[:2]})
+    return (_traced_layout if traced else _layout)(there, queries, windowed)
 
 
 def patterns(mask_function: Any) -> set[str] | None:
@@ -289,10 +289,7 @@ def _packed(mask_function: Callable, batch: int, seqlen: int, device: torch.devi
 
 def _layout(there: torch.Tensor, queries: torch.Tensor | None, windowed: bool) -> torch.Tensor | None:
     """The least that says which keys (batch, seqlen_k) and which queries (batch, seqlen_q) there are; reads them."""
-    fully = there.all()
-    starts = there[:, 1:] & ~there[:, :-1]
-    in_front = ~starts.any()
-    in_one_piece = (starts.sum(1) + there[:, 0] <= 1).all()
+    fully, in_front, in_one_piece = there.all(), ~_starts(there).any(), _in_one_piece(there)
     last = torch.ones_like(fully) if queries is None else ~(queries[:, :-1] & ~queries[:, 1:]).any()
     fully, in_front, in_one_piece, queries_last = torch.stack((fully, in_front, in_one_piece, last)).tolist()
     if windowed and not in_one_piece:
@@ -309,8 +306,20 @@ def _layout(there: torch.Tensor, queries: torch.Tensor | None, windowed: bool) -
     return torch.cat(fields)[:, None, None].contiguous()
 
 
-def _traced_layout(there: torch.Tensor, queries: torch.Tensor | None) -> torch.Tensor:
-    """One that is right whatever the masks hold, which a graph can't look at."""
+def _starts(there: torch.Tensor) -> torch.Tensor:
+    """Where tokens follow padding."""
+    return there[:, 1:] & ~there[:, :-1]
+
+
+def _in_one_piece(there: torch.Tensor) -> torch.Tensor:
+    """Whether no padding lies between the tokens of a sequence; ()."""
+    return (_starts(there).sum(1) + there[:, 0] <= 1).all()
+
+
+def _traced_layout(there: torch.Tensor, queries: torch.Tensor | None, windowed: bool) -> torch.Tensor:
+    """One that is right whatever the masks hold, which a graph can't look at; it can fail by it when it runs."""
+    if windowed:
+        torch._assert_async(_in_one_piece(there), "attention_mask: expected padding at the ends only in a window")
     fields = [there.sum(1, dtype=torch.int32)[None]]
     if there.shape[1] > 1:
         fields.append(_to_the_front(there))

@@ -182,27 +182,32 @@ def check_sdpa(causal: bool) -> str:
     return f"error {error:.5f} (PyTorch's flash {own:.5f}), {found}; without sdpa_kernel: {default}"
 
 
-def check_sdpa_gradients() -> str:
-    """Activated, training goes on by PyTorch's kernels."""
+def check_sdpa_gradients(compiled: bool) -> str:
+    """Activated, training goes on: by PyTorch's kernels, in a graph with our forward."""
     torch.manual_seed(3)
     q = torch.randn(1, 4, 256, 64, device=DEVICE, dtype=torch.bfloat16, requires_grad=True)
 
-    def gradient() -> torch.Tensor:
+    def loss(q: torch.Tensor) -> torch.Tensor:
+        return torch.nn.functional.scaled_dot_product_attention(q, q, q, is_causal=True).float().square().sum()
+
+    def gradient(loss: Callable) -> torch.Tensor:
         q.grad = None
         with attention.sdpa_kernel(attention.SDPBackend.FLASH_ATTENTION):
-            torch.nn.functional.scaled_dot_product_attention(q, q, q, is_causal=True).float().square().sum().backward()
+            loss(q).backward()
         return q.grad
 
-    before = gradient()
+    before = gradient(loss)
     torch_sdpa.register()
     attention.activate_flash_attention_impl(torch_sdpa.NAME)
     try:
-        after = gradient()
+        chosen = torch.compile(loss) if compiled else loss
+        names = kernels_of(lambda: gradient(chosen))
+        after = gradient(chosen)
     finally:
         if hasattr(attention, "restore_flash_attention_impl"):
             attention.restore_flash_attention_impl()
     torch.testing.assert_close(before, after, rtol=0.02, atol=0.02)
-    return "gradients equal"
+    return f"gradients equal; of ours: {sum(OUR_KERNEL in name for name in names)} kernels"
 
 
 @torch.no_grad()
@@ -282,7 +287,8 @@ def rows() -> Iterator[tuple[str, Callable[[], str]]]:
     yield "Llama, packed", check_packed
     yield "SDPA", lambda: check_sdpa(False)
     yield "SDPA, causal", lambda: check_sdpa(True)
-    yield "SDPA, gradients", check_sdpa_gradients
+    yield "SDPA, gradients", lambda: check_sdpa_gradients(False)
+    yield "SDPA, gradients in a graph", lambda: check_sdpa_gradients(True)
     yield "varlen_attn", check_varlen_attn
     yield "opcheck", check_opcheck
     yield "compile, dynamic shapes", lambda: check_compile("default")
