@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from flash_attn_sm120.block_sparse import BlockSparseTensors
     from flash_attn_sm120.combine import flash_attn_combine
+    from flash_attn_sm120.dropout import dropout_mask
     from flash_attn_sm120.interface import flash_attn_func, flash_attn_varlen_func
     from flash_attn_sm120.problem import AttentionProblem
     from flash_attn_sm120.scheduling import get_scheduler_metadata
@@ -16,6 +17,7 @@ __all__ = [
     "AttentionProblem",
     "BlockSparseTensors",
     "__version__",
+    "dropout_mask",
     "flash_attn_combine",
     "flash_attn_func",
     "flash_attn_varlen_func",
@@ -25,6 +27,7 @@ __all__ = [
 _HOMES = {
     "AttentionProblem": "problem",
     "BlockSparseTensors": "block_sparse",
+    "dropout_mask": "dropout",
     "flash_attn_combine": "combine",
     "flash_attn_func": "interface",
     "flash_attn_varlen_func": "interface",

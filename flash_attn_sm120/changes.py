@@ -13,7 +13,7 @@ from flash_attn_sm120.arguments import BlockLists, Dropout
 from flash_attn_sm120.block_sparse import BlockSparseTensors
 from flash_attn_sm120.checks import describe, refuse
 from flash_attn_sm120.checks_sparse import check_aux, check_block_sparse, check_block_sparse_values
-from flash_attn_sm120.dropout import check_dropout_p, seed_tensor, threshold
+from flash_attn_sm120.dropout import check_dropout_p, seed_tensor, thresholds
 from flash_attn_sm120.mod_key import mod_of
 from flash_attn_sm120.problem import Mod
 
@@ -132,7 +132,7 @@ def kernel_fields(changes: Changes, batch: int, heads: int, device: torch.device
     dropout = lists = None
     if changes.dropout_p:
         p = changes.dropout_p
-        dropout = Dropout(changes.dropout_seed, threshold(p), 1.0 / (1.0 - p))
+        dropout = Dropout(changes.dropout_seed, *thresholds(p), 1.0 / (1.0 - p))
     if changes.blocks is not None:
         lists = BlockLists(*_lists(changes.blocks, batch, heads, device))
     aux = tuple(given.detach() if isinstance(given, torch.Tensor) else given for given in changes.aux)

@@ -120,7 +120,7 @@ def _signature(problem: AttentionProblem) -> tuple:
         alibi_slopes=_strided(Float32, 2) if problem.alibi else None,
         k_descale=_strided(Float32, 2) if problem.k_descale else None,
         v_descale=_strided(Float32, 2) if problem.v_descale else None,
-        dropout=Dropout(_rows(Int64, 1), Int32(0), Float32(0)) if problem.dropout else None,
+        dropout=Dropout(_rows(Int64, 1), Int32(0), Int32(0), Float32(0)) if problem.dropout else None,
         blocks=BlockLists(*(_strided(Int32, rank) for rank in (3, 4, 3, 4))) if problem.block_sparse else None,
         aux=_aux_signature(problem.aux) or None,
     )

@@ -272,4 +272,5 @@ def candidates(problem: AttentionProblem, arch: str = "sm_120a") -> list[Plan]:
     compiled, and the first plan that it leaves without a stack is to be taken."""
     kernel = next(name for name in ("forward_tma", "forward", "decode") if can_implement(name, problem, arch))
     plans = plans_for(kernel, problem, arch)
-    return plans if problem.modded else plans[:1]
+    changed = any(getattr(problem, name) for name in CHANGES)
+    return plans if changed else plans[:1]

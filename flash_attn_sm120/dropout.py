@@ -16,13 +16,25 @@ if TYPE_CHECKING:
 MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 WEYL = (0x9E3779B9, 0xBB67AE85)
 ROUNDS = 7
-BITS = 15  # of a weight's random number
+BITS = 15  # that decide about a weight: 7 of its own, 8 of its group
+OWN_BITS = 7
 WORD = 0xFFFFFFFF
+SPREAD = (6, 7, 14, 15, 22, 23, 30, 31)  # where the bits of a group's number lie: top bits of two words' bytes in turn
 
 
-def threshold(dropout_p: float) -> int:
-    """Of the 2^15 values of a weight's number, those below this drop it."""
-    return round(dropout_p * (1 << BITS))
+def thresholds(dropout_p: float) -> tuple[int, int]:
+    """(threshold, in each byte of an int32; carry, as signed int32): a weight is dropped where its 7 bits are below the
+    threshold, or below one more where its group's bits, spread, are below the carry."""
+    whole, part = divmod(round(dropout_p * (1 << BITS)), 1 << BITS - OWN_BITS)
+    if whole == 1 << OWN_BITS:  # all are
+        whole, part = whole - 1, 1 << BITS - OWN_BITS
+    carry = spread_bits(part) if part < 1 << BITS - OWN_BITS else WORD
+    return whole * 0x01010101, carry - (carry >> 31 << 32)
+
+
+def spread_bits(value: int) -> int:
+    """The 8 bits of a group's number where the generator's words have them; greater for a greater value."""
+    return sum((value >> i & 1) << place for i, place in enumerate(SPREAD))
 
 
 def dropout_mask(
@@ -59,14 +71,20 @@ def kept(
     """A part of dropout_mask."""
     import torch
 
-    groups = range(-(-seqlen_k // 32) * 4)
-    axes = (torch.arange(axis.start, axis.stop, device=device) for axis in (batches, heads, rows, groups))
+    # rows of a group are 8 apart, two of each 16; columns two neighbours of each 8, of 32
+    first, last = rows.start // 16 * 16, -(-rows.stop // 16) * 16
+    groups = (range(first // 2, last // 2), range(-(-seqlen_k // 32) * 4))
+    axes = (torch.arange(axis.start, axis.stop, device=device) for axis in (batches, heads, *groups))
     b, h, row, group = torch.meshgrid(*axes, indexing="ij")
-    words = philox((group, row, h, b), key)
-    # (batch, heads, rows, 32s of columns, pair of columns, eighth, which of the pair)
-    drawn = torch.stack([torch.stack((word & (1 << BITS) - 1, word >> 16 & (1 << BITS) - 1), -1) for word in words], -2)
-    drawn = drawn.unflatten(3, (-1, 4)).transpose(4, 5)
-    return drawn.flatten(3)[..., :seqlen_k] >= threshold(dropout_p)
+    words = torch.stack(philox((group, row, h, b), key), -1)
+    whole, part = divmod(round(dropout_p * (1 << BITS)), 1 << BITS - OWN_BITS)
+    group_number = sum((words[..., 1 - i % 2] >> (place | 1) & 1) << i for i, place in enumerate(SPREAD))
+    limit = whole + (group_number < part).long()
+    # (batches, heads, 16s of rows, row of 8, 32s of columns, pair, 8s of columns, which of two rows, which of the pair)
+    drawn = torch.stack([words >> 8 * byte & (1 << OWN_BITS) - 1 for byte in range(4)], -1)
+    stays = (drawn >= limit[..., None, None]).unflatten(2, (-1, 8)).unflatten(4, (-1, 4)).unflatten(7, (2, 2))
+    stays = stays.permute(0, 1, 2, 7, 3, 4, 6, 5, 8).flatten(5).flatten(2, 4)
+    return stays[:, :, rows.start - first : rows.stop - first, :seqlen_k]
 
 
 def philox(counter: tuple, key: tuple[int, int]) -> tuple:

@@ -148,7 +148,7 @@ def _remember(function: Any, memo: _Memo) -> None:
 
 
 def _forget(key: Any, gone: weakref.ref) -> None:
-    if _memos.get(key, (None,))[0] is gone:
+    if _memos is not None and _memos.get(key, (None,))[0] is gone:  # None while the interpreter ends
         del _memos[key]
 
 

@@ -8,7 +8,7 @@ import torch
 
 from flash_attn_sm120 import flash_attn_func, flash_attn_varlen_func, reference
 from flash_attn_sm120.matrix import LSE_SLACK, SLACK, largest_difference
-from flash_attn_sm120.problem import AttentionProblem
+from flash_attn_sm120.problem import AttentionProblem, Mod
 
 FEW = 1024  # outputs, below which PyTorch's error is luck: the limit is then at least a rounding of weights and of out
 LENGTHS = ("cu_seqlens_q", "cu_seqlens_k", "seqused_q", "seqused_k")
@@ -63,10 +63,14 @@ def assert_right(q, k, v, *, out=None, with_lse=True, clean=None, **options):
 
 def variant_name(problem: AttentionProblem) -> str:
     """What differs from the default."""
-    shape = ("dtype", "head_dim", "head_dim_v", "mask", "tma_strides")
+    shape = ("dtype", "head_dim", "head_dim_v", "mask", "tma_strides", "aux")
     on = [] if problem.tma_strides else ["repeated"]
     for field in fields(problem):
         value = getattr(problem, field.name)
+        if isinstance(value, Mod):
+            value = f"{value.function.__qualname__.split('.')[0]}_{value.width}"
+        elif isinstance(value, tuple):
+            value = "x".join(map(str, value))
         if value and field.name not in shape:
             on.append(field.name if value is True else f"{field.name}_{value}")
     return "-".join([problem.dtype, f"{problem.head_dim}x{problem.head_dim_v}", problem.mask, *on])

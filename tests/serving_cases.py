@@ -1,7 +1,7 @@
 """Calls as an inference server makes them, at random: pages, few rows, splits, ranks. Everything but the numbers."""
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 from hypothesis import strategies as st
@@ -21,7 +21,8 @@ WILD = (-12345, 2**31 - 1)  # page numbers that nobody may follow
 
 @dataclass(frozen=True)
 class Case:
-    """A call. scales: how k_descale and v_descale come, "" for none. shared: sequences begin with the same pages."""
+    """A call. scales: how k_descale and v_descale come, "" for none. shared: sequences begin with the same pages.
+    changes: more arguments, as they are."""
 
     lengths_q: list
     lengths_k: list
@@ -46,6 +47,7 @@ class Case:
     num_splits: int = 0
     spare: int = 0
     seed: int = 0
+    changes: dict = field(default_factory=dict)
 
     @property
     def heads(self) -> int:
@@ -109,7 +111,7 @@ def options_of(case: Case, device) -> dict:
         else:
             shape = {"one": (), "(1,)": (1,), "each": (batch, case.heads_kv)}[case.scales]
             options[name] = 0.25 + torch.rand(shape, device=device)
-    return options
+    return options | case.changes
 
 
 def queries(case: Case, device) -> tuple[torch.Tensor, dict]:

@@ -6,9 +6,9 @@ import sys
 
 import pytest
 
-from flash_attn_sm120.dispatch import COMMON_TILES, TILES, can_implement, choose, plan_for
+from flash_attn_sm120.dispatch import COMMON_TILES, NARROW_TILES, TILES, can_implement, choose, plan_for
 from flash_attn_sm120.occupancy import REGISTERS, SHARED_BYTES, SHARED_BYTES_A_BLOCK, SUB_PARTITIONS, occupancy
-from flash_attn_sm120.problem import AttentionProblem
+from flash_attn_sm120.problem import SPARSE_UNITS, AttentionProblem
 from flash_attn_sm120.variants import changed_variants, variants
 
 HEAD_DIMS = range(8, 257, 8)
@@ -28,6 +28,8 @@ def test_every_head_dim_fits_shared_memory_as_the_plan_says(kernel):
 @pytest.mark.parametrize("kernel, row", ROWS, ids=lambda x: x if isinstance(x, str) else f"{x.head_dim}-{x.head_dim_v}")
 def test_every_tile_gives_two_matrix_warps_a_sub_partition(kernel, row):
     features = {"kv_dtype": "float8_e4m3fn" if row.ways == ("fp8",) else "", "mask": row.masks[0]}
+    if row in NARROW_TILES:
+        features["sparse_block"] = (row.tile_m, max(row.tile_n, SPARSE_UNITS[1]))
     plan = plan_for(kernel, AttentionProblem("bfloat16", row.head_dim, row.head_dim_v, **features))
     assert (plan.tile_m, plan.stages) == (row.tile_m, row.stages) or row in COMMON_TILES
     assert plan.blocks_per_sm * plan.num_warps >= 2 * SUB_PARTITIONS
@@ -49,9 +51,10 @@ def test_a_block_has_its_registers_where_they_cannot_change_hands(head_dim, kv_d
 
 @pytest.mark.parametrize("kernel", TILES)
 def test_the_tables_are_searched_from_small_to_large(kernel):
-    dims = [(row.head_dim, row.head_dim_v) for row in TILES[kernel]]
-    assert dims == sorted(dims)
-    assert dims[-1] == (256, 256)
+    for rows in ([row for row in TILES[kernel] if row not in NARROW_TILES], NARROW_TILES):
+        dims = [(row.head_dim, row.head_dim_v) for row in rows]
+        assert dims == sorted(dims)
+        assert dims[-1] == (256, 256)
 
 
 PAGED = {"page_size": 16, "seqused_k": True}

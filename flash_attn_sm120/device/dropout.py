@@ -1,7 +1,9 @@
 """Dropout of attention weights: which are kept follows from (seed, batch, head, row, column) and nothing else.
 
-Philox 4x32 with 7 rounds: key = seed, counter = (group of columns, row, head, batch). A group is eight columns of 32:
-two neighbours of each 8, as a lane of an mma.sync accumulator has them; each has 15 bits of the four words.
+Philox 4x32 with 7 rounds: key = seed, counter = (group of columns, group of rows, head, batch). A group is what a lane
+has of 16 x 32 accumulators of mma.sync: a word for each 8 columns, in it a byte for each of two neighbouring columns of
+two rows 8 apart. A weight is dropped where the low 7 bits of its byte are below a threshold; 8 of the bits left over
+decide, for the group, between two neighbouring thresholds, so that the chance is right to 2^-15.
 flash_attn_sm120/dropout.py is the same in PyTorch.
 Source: Salmon et al., "Parallel Random Numbers: As Easy as 1, 2, 3" (2011).
 """
@@ -11,14 +13,16 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import cutlass
-from cutlass import Int32
+from cutlass import Int32, Uint32
 
 from flash_attn_sm120.device.ptx import byte_permute, multiply_wide
 from flash_attn_sm120.dropout import MULTIPLIERS, ROUNDS, WEYL
 
-COLUMNS = 32  # that the groups of a counter's first word share
-OWN_BITS, TOP_BITS = 0x7FFF7FFF, 0x80008000 - (1 << 32)
-SIGNS = 0xBB99  # for byte_permute: the sign of each 16-bit half, 16 times
+COLUMNS = 32  # that the groups of a warp's lanes make up
+EVERY_BYTE = 0x01010101
+OWN_BITS, TOP_BITS = 0x7F7F7F7F, 0x80808080 - (1 << 32)
+SECOND_BITS = 0x40404040
+SIGNS = (0x9988, 0xBBAA)  # for byte_permute, of each row's two bytes: their signs, 16 times each
 
 
 def philox(counter: tuple[Int32, Int32, Int32, Int32], key: tuple[Int32, Int32]) -> tuple[Int32, Int32, Int32, Int32]:
@@ -37,38 +41,50 @@ def _signed(value: int) -> int:
 
 @dataclass(frozen=True)
 class Dropper:
-    """The weights of a thread's rows in one block. thresholds: twice the 16-bit number of numbers that drop."""
+    """The weights of a thread's rows in one block."""
 
     key: tuple[Int32, Int32]
-    thresholds: Int32
+    threshold: Int32  # of 7 bits, in each byte
+    carry: Int32  # of 8 bits, as spread says: below it the threshold is one more
     batch: Int32
     head: Int32
-    rows: list[Int32]  # 8 apart
+    first_row: Int32  # of the warp, a multiple of 16
     first_col: Int32  # of the block, a multiple of its columns
-    quad: Int32  # of the lane
+    lane: Int32
+
+    def signs(self, m: int, n_frags: int) -> list[Int32]:
+        """For each 8 columns the four weights of rows 16 m to 16 m + 15: a byte's top bit is set where one stays."""
+        rows = self.first_row // 2 + (8 * m + self.lane // 4)
+        found = []
+        for first in range(0, n_frags, COLUMNS // 8):
+            group = (self.first_col // COLUMNS + first * 8 // COLUMNS) * 4 + self.lane % 4
+            words = philox((group, rows, self.head, self.batch), self.key)
+            drawn = words[0] & TOP_BITS | words[1] >> 1 & SECOND_BITS
+            more = Uint32(drawn) < Uint32(self.carry)
+            threshold = cutlass.select_(more, self.threshold + EVERY_BYTE, self.threshold)
+            # a byte below the threshold borrows its top bit
+            found += [(word & OWN_BITS | TOP_BITS) - threshold for word in words]
+        if n_frags * 8 < COLUMNS:
+            part = self.first_col % COLUMNS // 8
+            found = [cutlass.select_(part == 0, found[n], found[n + n_frags]) for n in range(n_frags)]
+        return found[:n_frags]
+
+    def kept(self, m_frags: int, n_frags: int) -> Kept:
+        return Kept([self.signs(m, n_frags) for m in range(m_frags)])
+
+
+@dataclass(frozen=True)
+class Kept:
+    """What signs found, for each m."""
+
+    signs: list[list[Int32]]
 
     def drop(self, tOrP: list) -> list:
         """What is left of P as update of softmax.py returns it."""
         left = [[list(pairs) for pairs in row] for row in tOrP]
-        for r in range(len(self.rows)):
-            m, half = r // 2, r % 2
-            for n, mask in enumerate(self.kept(r, 2 * len(left[m]))):
-                place = 2 * (n % 2) + half
-                left[m][n // 2][place] = left[m][n // 2][place] & mask
+        for m, row in enumerate(self.signs):
+            for n, word in enumerate(row):
+                for half, signs in enumerate(SIGNS):
+                    place = 2 * (n % 2) + half
+                    left[m][n // 2][place] = left[m][n // 2][place] & byte_permute(word, word, signs)
         return left
-
-    def kept(self, r: int, n_frags: int) -> list[Int32]:
-        """Masks of the packed pairs of row r, one for each eighth of columns."""
-        words = []
-        for first in range(0, n_frags, COLUMNS // 8):
-            group = (self.first_col // COLUMNS + first * 8 // COLUMNS) * 4 + self.quad
-            words += philox((group, self.rows[r], self.head, self.batch), self.key)
-        if n_frags * 8 < COLUMNS:
-            part = self.first_col % COLUMNS // 8
-            words = [cutlass.select_(part == 0, words[n], words[n + n_frags]) for n in range(n_frags)]
-        return [self._mask(word) for word in words[:n_frags]]
-
-    def _mask(self, word: Int32) -> Int32:
-        """Bits of the halves whose number isn't below the threshold: subtracting leaves the top bit set there."""
-        left = (word & OWN_BITS | TOP_BITS) - self.thresholds
-        return byte_permute(left, left, SIGNS)

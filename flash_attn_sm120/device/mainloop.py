@@ -22,7 +22,7 @@ from flash_attn_sm120.device.fragments import accumulators
 from flash_attn_sm120.device.gemm import pv_product, qk_product
 from flash_attn_sm120.device.mask import apply_bounds, apply_mask
 from flash_attn_sm120.device.mods import Place, SeqlenInfo, apply_mask_mod, apply_score_mod
-from flash_attn_sm120.device.ptx import copy_anew, lane_anew, load_shared_v4, mbarrier_arrive_after, thread_anew
+from flash_attn_sm120.device.ptx import lane_anew, load_shared_v4, mbarrier_arrive_after, thread_anew
 from flash_attn_sm120.device.scheduler import (
     Positions,
     Tile,
@@ -101,12 +101,12 @@ class ForwardTile:
         if self.config.plan.note_bytes > TILE_NOTE_BYTES:
             write_second_note(self.second_note, self.seq_k.start, self.drop_words(), self.listed())
 
-    def drop_words(self) -> tuple[Int32, Int32, Int32]:
-        """Key and thresholds of the Dropper."""
+    def drop_words(self) -> tuple[Int32, Int32, Int32, Int32]:
+        """Key, threshold and carry of the Dropper."""
         if not self.config.problem.dropout:
-            return (Int32(0),) * 3
-        seed, threshold, _ = self.modifiers.dropout
-        return Int32(seed[0]), Int32(seed[1]), threshold * 0x10001
+            return (Int32(0),) * 4
+        seed, threshold, carry, _ = self.modifiers.dropout
+        return Int32(seed[0]), Int32(seed[1]), threshold, carry
 
     def listed(self) -> tuple[Int32, Int32, Int64, Int64]:
         """No lists; see SparseTile."""
@@ -213,12 +213,18 @@ class ForwardTile:
         if self.config.layout_o != self.config.layout_q:
             cute.arch.barrier(barrier_id=MATRIX_BARRIER, number_of_threads=32 * self.config.plan.num_warps)
 
-    def count_anew(self, count: Int32) -> Int32:
-        """Of blocks, from memory where the tile and Q leave it no register."""
+    @property
+    def is_roomy(self) -> bool:
+        """Whether O, S and Q leave registers for more."""
         config = self.config
         q_columns = min(config.layout_q.cols, Q_COLUMNS_KEPT) // 2 if config.plan.q_in_registers else 0
         columns = config.layout_v.cols + config.plan.tile_n + q_columns
-        return count if columns * config.warp_rows // 32 <= ROOMY else read_block_count(self.note)
+        changed = config.plan.note_bytes > TILE_NOTE_BYTES
+        return columns * config.warp_rows // 32 <= ROOMY and not changed
+
+    def count_anew(self, count: Int32) -> Int32:
+        """Of blocks, from memory where the tile leaves it no register."""
+        return count if self.is_roomy else read_block_count(self.note)
 
     def sees(self, n: Int32) -> cutlass.Boolean:
         """Whether any row of the warp sees any column of the block; a branch here costs nothing, unlike one inside."""
@@ -258,14 +264,19 @@ class ForwardTile:
     def block(self, n: Int32, i: Int32, masked: bool, modded: bool = True) -> None:
         """Once K is there. masked: some of its places may not be seen; modded: mask_mod is asked."""
         stage = self.stage(i)
+        problem = self.config.problem
+        if problem.block_sparse and (masked or problem.modded or problem.alibi or problem.dropout):
+            n = self.number_anew(i)
+        place = self.place(n, masked) if problem.modded else None  # before the products, which hide it
         self.scores(stage.shared)
         self.arrive(stage.bars["k_free"], self.tSrS)
-        if self.config.plan.note_bytes > TILE_NOTE_BYTES:
-            i = copy_anew(i)
-            stage = self.stage(i)
+        self.look_ahead(i)
         stage.wait_for_v()
-        self.accumulate(stage.shared, n, i, masked, modded)
+        self.accumulate(stage.shared, n, i, masked, modded, place)
         self.arrive(stage.bars["v_free"], self.tOrO)
+
+    def look_ahead(self, i: Int32) -> None:
+        """While block i is worked on: nothing, as the one before it comes next."""
 
     def scores(self, shared: Int32) -> None:
         config = self.config
@@ -273,20 +284,20 @@ class ForwardTile:
         sQ = config.layout_q.matrix(self.q_rows, self.lane)
         qk_product(self.tSrQ, sQ, sK, self.tSrS, config.mma_dtype)
 
-    @cute.jit
-    def accumulate(self, shared: Int32, n: Int32, i: Int32, masked: cutlass.Constexpr, modded: cutlass.Constexpr):
+    def accumulate(self, shared: Int32, n: Int32, i: Int32, masked: bool, modded: bool, place: Place | None) -> None:
+        """place: for mods."""
         config = self.config
-        if cutlass.const_expr(config.problem.modded):
-            self.apply_mods(self.number_anew(i), masked, modded)
-        if cutlass.const_expr(config.problem.softcap):
+        if config.problem.softcap:
             apply_softcap(self.tSrS, self.scales, self.cap_scale)
-        if cutlass.const_expr(config.problem.alibi):
+        if config.problem.alibi:
             self.add_alibi(n)
-        if cutlass.const_expr(masked):
-            self.mask(self.number_anew(i) if config.problem.block_sparse else n)
+        if place is not None:  # after the softcap, which makes a number of -inf
+            self.apply_mods(place, modded)
+        if masked:
+            self.mask(n)
         tOrP = self.softmax.update(self.tSrS, self.tOrO, config.mma_dtype)
-        if cutlass.const_expr(config.problem.dropout):
-            tOrP = self.dropper(self.number_anew(i)).drop(tOrP)
+        if config.problem.dropout:
+            tOrP = self.dropper(self.number_anew(i)).kept(*self.tSrS.shape[:2]).drop(tOrP)
         sV = config.layout_v.matrix(shared, self.lane, config.offset_v)
         pv_product(sV, tOrP, self.tOrO, config.mma_dtype)
 
@@ -294,9 +305,8 @@ class ForwardTile:
         """Of the i-th block, from memory, so that no register holds it through the products."""
         return read_blocks(self.note).end - 1 - i
 
-    def apply_mods(self, n: Int32, masked: bool, modded: bool) -> None:
+    def apply_mods(self, place: Place, modded: bool) -> None:
         problem, aux = self.config.problem, self.modifiers.aux or ()
-        place = self.place(n, masked)
         if problem.score_mod is not None:
             apply_score_mod(self.tSrS, problem.score_mod, self.scales, place, aux)
         if problem.mask_mod is not None and modded:
@@ -320,10 +330,10 @@ class ForwardTile:
         """Of block n."""
         thread, config = thread_anew(), self.config
         first_row, head, batch, _ = load_shared_v4(self.note)
-        _, low, high, thresholds = load_shared_v4(self.second_note)
-        first = first_row + (thread >> 5) * config.warp_rows + ((thread % 32) >> 2)
-        rows = [first + 8 * r for r in range(len(self.scales))]
-        return Dropper((low, high), thresholds, batch, head, rows, n * config.plan.tile_n, thread % 4)
+        _, low, high, threshold = load_shared_v4(self.second_note)
+        _, _, carry, _ = load_shared_v4(self.second_note + 16)
+        row = first_row + (thread >> 5) * config.warp_rows
+        return Dropper((low, high), threshold, carry, batch, head, row, n * config.plan.tile_n, thread % 32)
 
     def own_positions(self, at: Positions, thread: Int32) -> list[Int32]:
         """Of the thread's rows."""

@@ -35,8 +35,8 @@ class SparseTile(ForwardTile):
             place = (tile.batch, tile.head, cutlass.min(row, cnt.shape[2] - 1))
             steps = zip(place, cnt.stride, strict=True)
             offset = sum((Int64(at) * Int64(stride) for at, stride in steps), Int64(0))
-            exists = Int32(row < cnt.shape[2])
-            count = load_global_b32_if(cnt.iterator.toint() + offset * 4, exists)
+            exists = (row < cnt.shape[2]) & (self.seq_q.length > 0) & (self.seq_k.length > 0)
+            count = load_global_b32_if(cnt.iterator.toint() + offset * 4, Int32(exists))
             counts.append(clamp(count, Int32(0), idx.shape[3]) * self.tiles_a_block)
             steps = zip(place, idx.stride[:3], strict=True)
             offset = sum((Int64(at) * Int64(stride) for at, stride in steps), Int64(0))
@@ -55,7 +55,8 @@ class SparseTile(ForwardTile):
         within = divide(j, self.tiles_a_block)
         address = Int64(cutlass.Uint32(low)) | Int64(high) << 32
         block = load_global_b32_if(address + Int64(within) * 4, Int32(i < mask_tiles + full_tiles))
-        block = clamp(block, Int32(0), divide(seqlen_k, self.config.problem.sparse_block[1]))
+        cols = self.config.problem.sparse_block[1]
+        block = clamp(block, Int32(0), divide(seqlen_k + (cols - 1), cols))  # of the last, the one behind the end
         return block * self.tiles_a_block + (j - within * self.tiles_a_block)
 
     def number_anew(self, i: Int32) -> Int32:
@@ -81,34 +82,26 @@ class SparseTile(ForwardTile):
     def multiply(self):
         """A matrix warp: the mask list's blocks, whose places mask_mod says, then the full list's."""
         self.start_multiplying()
-        bs_i = Int32(0)
-        while bs_i < self.listed_count():
-            bs_n, stage = self.number(bs_i), self.stage(bs_i)
-            blocks = read_blocks(self.note)
-            stage.wait_for_k()
-            at_edge = (bs_n >= blocks.right_edge) | (bs_n < blocks.left_edge)
-            if cutlass.const_expr(self.config.problem.mask_mod is not None):
-                if self.is_asked(bs_i):
-                    self.block(bs_n, bs_i, True, True)
-                else:
-                    self.full_block(bs_n, bs_i, at_edge)
+        self.at_edge, bs_i = None, Int32(0)
+        if cutlass.const_expr(self.config.problem.mask_mod is not None):
+            while bs_i < self.counts()[0]:
+                self.stage(bs_i).wait_for_k()
+                self.block(None, bs_i, True, True)
+                bs_i = bs_i + 1
+        self.at_edge = cute.make_rmem_tensor((1,), Int32)
+        self.look_ahead(bs_i - 1)
+        while bs_i < self.counts()[0] + self.counts()[1]:
+            self.stage(bs_i).wait_for_k()
+            if self.at_edge[0] != 0:
+                self.block(None, bs_i, True, False)
             else:
-                self.full_block(bs_n, bs_i, at_edge)
+                self.block(None, bs_i, False, False)
             bs_i = bs_i + 1
         self.stop_multiplying()
 
-    @cute.jit
-    def full_block(self, n: Int32, i: Int32, at_edge: cutlass.Boolean):
-        """Of the full list."""
-        if at_edge:
-            self.block(n, i, True, False)
-        else:
-            self.block(n, i, False, False)
-
-    def is_asked(self, i: Int32) -> cutlass.Boolean:
-        """Whether mask_mod says which places of the i-th tile are seen."""
-        return i < self.counts()[0]
-
-    def listed_count(self) -> Int32:
-        mask_tiles, full_tiles = self.counts()
-        return mask_tiles + full_tiles
+    def look_ahead(self, i: Int32) -> None:
+        """Finds out, while the i-th block is worked on, whether the next is at an edge: lists take time to be read."""
+        if self.at_edge is None:  # in the mask list it makes no difference
+            return
+        blocks, n = read_blocks(self.note), self.number(i + 1)
+        self.at_edge[0] = Int32((n >= blocks.right_edge) | (n < blocks.left_edge))

@@ -146,13 +146,6 @@ def thread_anew(*, loc=None, ip=None) -> Int32:
 
 
 @dsl_user_op
-def copy_anew(value: Int32, *, loc=None, ip=None) -> Int32:
-    """The same; what follows from it is computed again and not held from an earlier use."""
-    operand = Int32(value).ir_value(loc=loc, ip=ip)
-    return Int32(_asm(T.i32(), [operand], "mov.b32 $0, $1;", "=r,r", volatile=True, loc=loc, ip=ip))
-
-
-@dsl_user_op
 def computed_here(address: Int64, *, loc=None, ip=None) -> Int64:
     """The same; what it follows from isn't left for after the next wait."""
     operand = Int64(address).ir_value(loc=loc, ip=ip)

@@ -6,6 +6,7 @@ it to what SM120 can hold. Source: Dao, FlashAttention-2 (2023), algorithm 1, wi
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import cutlass
@@ -154,6 +155,9 @@ class FlashAttentionForwardSm80:
         seq_q, seq_k, total_k = sequences(problem, mQ, mK, lengths, tile.batch)
         of_keys = (seq_k.length, total_k)
         blocks = block_range(problem, tile.m_block, plan.tile_m, plan.tile_n, seq_q.length, *of_keys, numbers)
+        if cutlass.const_expr(problem.aux):  # no row, and no place where a mod may read
+            end = cutlass.select_(seq_q.length > 0, Int32(blocks.end), Int32(blocks.begin))
+            blocks = replace(blocks, end=end)
         heads_per_kv = mQ.shape[-2] // mK.shape[-2]
         if cutlass.const_expr(problem.k_descale):
             scale = numbers.softmax_scale * modifiers.k_descale[tile.batch, tile.head // heads_per_kv]
