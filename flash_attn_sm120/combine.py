@@ -8,6 +8,7 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 import torch
+from torch.compiler import is_compiling
 
 from flash_attn_sm120 import calls, checks, checks_serving, launchers
 from flash_attn_sm120.dispatch import MAX_PARTS
@@ -59,6 +60,26 @@ def flash_attn_combine(
 
     Raises as flash_attn_func does.
     """
+    if is_compiling():
+        from flash_attn_sm120.integrations.torch_ops import combine_in_graph
+
+        named = {"out_dtype": out_dtype, "cu_seqlens": cu_seqlens, "seqused": seqused}
+        named |= {"return_lse": return_lse, "learnable_sink": learnable_sink}
+        return combine_in_graph(out_partial, lse_partial, out, named)
+    return combine(out_partial, lse_partial, out, out_dtype, cu_seqlens, seqused, return_lse, learnable_sink)
+
+
+def combine(
+    out_partial: torch.Tensor,
+    lse_partial: torch.Tensor,
+    out: torch.Tensor | None = None,
+    out_dtype: torch.dtype | None = None,
+    cu_seqlens: torch.Tensor | None = None,
+    seqused: torch.Tensor | None = None,
+    return_lse: bool = True,
+    learnable_sink: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """flash_attn_combine, right away."""
     try:
         key = (
             signature(out_partial), signature(lse_partial), signature(out), out_dtype, signature(cu_seqlens),

@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+from torch.compiler import is_compiling
 
 from flash_attn_sm120 import calls, checks
 from flash_attn_sm120.arguments import Modifiers
@@ -151,6 +152,9 @@ def flash_attn_func(
         softmax_scale, causal, window_size, softcap, return_lse, num_splits,
         attention_chunk, cp_world_size, cp_rank, None, None,
     )  # fmt: skip
+    if is_compiling():
+        given = (dropout_p, dropout_seed, score_mod, mask_mod, aux_tensors, aux_scalars, block_sparse_tensors)
+        return _in_graph(q, k, v, tensors, options, out, given, return_rng_state)
     changes = None
     if dropout_p or not (score_mod is mask_mod is aux_tensors is aux_scalars is block_sparse_tensors is None):
         given = (dropout_p, dropout_seed, score_mod, mask_mod, aux_tensors, aux_scalars, block_sparse_tensors)
@@ -226,8 +230,6 @@ def flash_attn_varlen_func(
     """
     if later:
         checks.check_later("flash_attn_varlen_func", later)
-    checks.check_max_seqlen("max_seqlen_q", max_seqlen_q)
-    checks.check_max_seqlen("max_seqlen_k", max_seqlen_k)
     if block_table is not None:
         page_table = one_of("page_table", page_table, "block_table", block_table)
     if s_aux is not None:
@@ -236,18 +238,20 @@ def flash_attn_varlen_func(
         check_q_descale(q_descale)
     if scheduler_metadata is not None:
         num_splits = splits_of(scheduler_metadata, num_splits)
-    elif num_splits.__class__ is not int:
-        num_splits = check_num_splits(num_splits)
-    most = (None, None)  # of no use to the plain kernel: its calls don't differ by them
-    if use_decode(max_seqlen_q, num_splits):
-        most = (max_seqlen_q, max_seqlen_k and -(-max_seqlen_k // KEYS_STEP) * KEYS_STEP)
     tensors = (
         cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k, page_table,
         cp_tot_seqused_k, learnable_sink, alibi_slopes, k_descale, v_descale,
     )  # fmt: skip
+    if is_compiling():
+        options = (
+            softmax_scale, causal, window_size, softcap, return_lse, num_splits,
+            attention_chunk, cp_world_size, cp_rank, max_seqlen_q, max_seqlen_k,
+        )  # fmt: skip
+        given = (dropout_p, dropout_seed, score_mod, mask_mod, aux_tensors, aux_scalars, block_sparse_tensors)
+        return _in_graph(q, k, v, tensors, options, out, given, return_rng_state)
     options = (
-        softmax_scale, causal, window_size, softcap, return_lse, num_splits,
-        attention_chunk, cp_world_size, cp_rank, *most,
+        softmax_scale, causal, window_size, softcap, return_lse, num_splits, attention_chunk, cp_world_size, cp_rank,
+        *most_of(max_seqlen_q, max_seqlen_k, num_splits),
     )  # fmt: skip
     changes = None
     if dropout_p or not (score_mod is mask_mod is aux_tensors is aux_scalars is block_sparse_tensors is None):
@@ -255,6 +259,23 @@ def flash_attn_varlen_func(
         changes = changes_of(q, *given)
     result = _forward(q, k, v, tensors, options, out, max_seqlen_q, max_seqlen_k, changes)
     return _with_rng_state(result, changes) if return_rng_state else result
+
+
+def most_of(max_seqlen_q: Any, max_seqlen_k: Any, num_splits: Any) -> tuple[int | None, int | None]:
+    """The last two of a call's options. The plain kernel has no use for them: its calls don't differ by them."""
+    checks.check_max_seqlen("max_seqlen_q", max_seqlen_q)
+    checks.check_max_seqlen("max_seqlen_k", max_seqlen_k)
+    if num_splits.__class__ is not int:
+        num_splits = check_num_splits(num_splits)
+    if not use_decode(max_seqlen_q, num_splits):
+        return None, None
+    return max_seqlen_q, max_seqlen_k and -(-max_seqlen_k // KEYS_STEP) * KEYS_STEP
+
+
+def _in_graph(*call: Any) -> Any:
+    from flash_attn_sm120.integrations import torch_ops
+
+    return torch_ops.in_graph(*call)
 
 
 def _with_rng_state(result: Any, changes: Changes | None) -> tuple:

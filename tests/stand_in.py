@@ -5,6 +5,7 @@ import torch
 from flash_attn_sm120 import reference
 from flash_attn_sm120.arguments import Arguments, CombineArguments, Lengths, Modifiers, Numbers, Partials
 from flash_attn_sm120.checks import UNBOUNDED
+from flash_attn_sm120.dropout import BITS
 from flash_attn_sm120.problem import AttentionProblem, CombineProblem
 
 
@@ -24,6 +25,8 @@ def launcher(problem: AttentionProblem):
             options |= {"cp_world_size": numbers.cp_world_size, "cp_rank": numbers.cp_rank}
         options |= {name: value for name, value in lengths._asdict().items() if value is not None}
         options |= {name: value for name, value in modifiers._asdict().items() if value is not None}
+        if (dropout := options.pop("dropout", None)) is not None:
+            options |= {"dropout_p": dropout.threshold / (1 << BITS), "dropout_seed": dropout.seed}
         out, lse = reference.attention(given.q, given.k, given.v, **options)
         rows = slice(None if lengths.cu_seqlens_q is None else int(lengths.cu_seqlens_q[-1]))
         write(given.out, given.lse, out, lse, rows, problem.packed_q)
