@@ -35,8 +35,8 @@ logger = logging.getLogger(__name__)
 def register() -> Any:
     """Makes FLASH_ATTN_SM120 a member of vLLM's AttentionBackendEnum; returns it. Calling it again changes nothing.
 
-    Where vLLM can't add members yet (0.24), one is added all the same, and the placeholder CUSTOM, if nobody has it, stands for
-    the same classes.
+    Where vLLM can't add members yet (0.24), one is added all the same, and the placeholder CUSTOM, if nobody has it,
+    stands for the same classes.
 
     Raises ImportError without vLLM.
     """

@@ -159,8 +159,8 @@ class FlashAttnSm120MetadataBuilder(AttentionMetadataBuilder[FlashAttnSm120Metad
     """Splits a mixed batch in decodes and the rest, as the decode kernel is chosen by the longest of a call's rows.
 
     vLLM puts requests of at most reorder_batch_threshold rows first. A CUDA graph keeps the split that it was captured
-    with, so graphs are captured whole: those of decodes alone with the decode kernel, mixed ones with that of prefill, which takes
-    any mixture. Splits and launches follow from maxima that the host has; lengths are read on the device.
+    with, so graphs are captured whole: those of decodes alone with the decode kernel, mixed ones with that of prefill,
+    which takes any mixture. Splits and launches follow from maxima that the host has; lengths are read on the device.
     """
 
     _cudagraph_support: ClassVar[AttentionCGSupport] = AttentionCGSupport.ALWAYS
@@ -339,7 +339,8 @@ class FlashAttnSm120Impl(AttentionImpl):
         kv_cache: torch.Tensor,
         slot_mapping: torch.Tensor,
     ) -> None:
-        """Writes key and value, (tokens, num_kv_heads, head_size), into the cache's slots, divided by the layer's scales.
+        """Writes key and value, (tokens, num_kv_heads, head_size), into the cache's slots, divided by the layer's
+        scales.
 
         slot_mapping: int64 (tokens,), block * block_size + row; negative for a token that isn't kept.
         """

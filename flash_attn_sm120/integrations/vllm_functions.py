@@ -1,7 +1,7 @@
 """The functions of vLLM's flash-attention fork, with its names, order and defaults, on this package's kernels.
 
-Source of the signatures: vLLM 0.24.0 and 0.33.0, vllm/vllm_flash_attn/flash_attn_interface.py; of flash_attn_with_kvcache,
-which those two no longer have, flash-attn 2 with the arguments that the fork added.
+Source of the signatures: vLLM 0.24.0 and 0.33.0, vllm/vllm_flash_attn/flash_attn_interface.py; of
+flash_attn_with_kvcache, which those two no longer have, flash-attn 2 with the arguments that the fork added.
 """
 
 from __future__ import annotations
@@ -69,19 +69,19 @@ def flash_attn_varlen_func(
     max_seqlen_q, max_seqlen_k: the longest lengths, or more. cu_seqlens_q, cu_seqlens_k: int32 (batch + 1,). seqused_k:
         int32 (batch,). One of cu_seqlens_k and seqused_k is needed; with both, seqused_k has the lengths.
     block_table: int32 (batch, blocks of a sequence). block_size: a multiple of 8.
-    k_descale, v_descale: as flash_attn_sm120.flash_attn_varlen_func takes them. They are of float8 tensors: as in vLLM, whose
-        backends always pass them, k and v of 16 bits are not scaled. q_descale likewise is of a float8 q, which isn't
-        offered, and has no say about any other.
-    scheduler_metadata: of get_scheduler_metadata, for num_splits = 0. num_splits: 1: keys stay whole; n: up to n parts of
-        each sequence, up to 64; 0: chosen from the maxima.
+    k_descale, v_descale: as flash_attn_sm120.flash_attn_varlen_func takes them. They are of float8 tensors: as in vLLM,
+        whose backends always pass them, k and v of 16 bits are not scaled. q_descale likewise is of a float8 q, which
+        isn't offered, and has no say about any other.
+    scheduler_metadata: of get_scheduler_metadata, for num_splits = 0. num_splits: 1: keys stay whole; n: up to n parts
+        of each sequence, up to 64; 0: chosen from the maxima.
     window_size: (left, right), -1 for unbounded; None for no window. softcap: 0 is off. s_aux: (heads,) sinks.
     cp_world_size, cp_rank, cp_tot_seqused_k: as flash_attn_sm120.flash_attn_varlen_func has them.
-    fa_version: None, 2, 3 or 4. deterministic, aux_tensor_leading_dims: as fa_version, they choose among vLLM's kernels and
-        not the result.
+    fa_version: None, 2, 3 or 4. deterministic, aux_tensor_leading_dims: as fa_version, they choose among vLLM's kernels
+        and not the result.
     mask_mod, aux_tensors, block_sparse_tensors, dropout_p: as flash_attn_sm120.flash_attn_varlen_func has them.
 
-    Returns out (total_q, heads, head_dim_v), or with return_softmax_lse (out, lse), lse (heads, total_q) float32, natural
-    log.
+    Returns out (total_q, heads, head_dim_v), or with return_softmax_lse (out, lse), lse (heads, total_q) float32,
+    natural log.
 
     Raises as flash_attn_sm120.flash_attn_varlen_func does, NotImplementedError for q_v, output_scale, dynamic_causal,
     gather_kv_indices, gather_kv_valid_length and return_attn_probs.
@@ -202,16 +202,16 @@ def flash_attn_with_kvcache(
     """Attention of a few rows a sequence over a cache.
 
     q: (batch, seqlen_q, heads, head_dim) bfloat16 or float16.
-    k_cache, v_cache: (batch, seqlen_k, heads_kv, head_dim / head_dim_v), or pools (blocks, block_size, heads_kv, ...) with
-        block_table. dtype of q, float8_e4m3fn or float8_e5m2.
+    k_cache, v_cache: (batch, seqlen_k, heads_kv, head_dim / head_dim_v), or pools (blocks, block_size, heads_kv, ...)
+        with block_table. dtype of q, float8_e4m3fn or float8_e5m2.
     cache_seqlens: int32 (batch,), keys of each sequence, or an int for all; None for all of a cache that isn't a pool.
     The rest as in flash_attn_varlen_func. rotary_interleaved says how rotary_cos would be applied.
 
-    Returns out (batch, seqlen_q, heads, head_dim_v), or with return_softmax_lse (out, lse), lse (batch, heads, seqlen_q)
-    float32.
+    Returns out (batch, seqlen_q, heads, head_dim_v), or with return_softmax_lse (out, lse), lse (batch, heads,
+    seqlen_q) float32.
 
-    Raises as flash_attn_sm120.flash_attn_func does, NotImplementedError for k, v, rotary_cos, rotary_sin, cache_batch_idx and
-    cache_leftpad: nothing is written into the cache.
+    Raises as flash_attn_sm120.flash_attn_func does, NotImplementedError for k, v, rotary_cos, rotary_sin,
+    cache_batch_idx and cache_leftpad: nothing is written into the cache.
     """
     _refuse_given(
         k=k,
