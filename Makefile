@@ -5,6 +5,7 @@ PYTHON ?= python3
 WORKERS ?= 2
 RUN := .venv/bin/python
 READY := .venv/ready
+VLLM := .venv/vllm/ready
 
 .PHONY: demo test lint clean
 
@@ -13,7 +14,7 @@ demo: $(READY)
 	$(RUN) -m flash_attn_sm120 check
 	$(RUN) -m flash_attn_sm120 compile --arch sm_120a,sm_121a
 
-test: $(READY) lint
+test: $(READY) $(VLLM) lint
 	$(RUN) -m pytest -q -n $(WORKERS) --dist worksteal
 
 lint: $(READY)
@@ -34,6 +35,11 @@ $(READY): pyproject.toml constraints.txt
 		$(RUN) -m pip install -q torch==$$(sed -n 's/^torch==//p' constraints.txt); \
 	fi
 	$(RUN) -m pip install -q -c .venv/constraints.txt -e ".[cu13,test]"
+	@touch $@
+
+# The Python of the vLLMs that the backend is tested in, 0.7 GB from the package index.
+$(VLLM): $(READY) tests/integration/vllm_python.py tests/integration/vllm_requirements.txt
+	$(RUN) tests/integration/vllm_python.py .venv/vllm
 	@touch $@
 
 clean:

@@ -169,7 +169,9 @@ class FlashAttnSm120MetadataBuilder(AttentionMetadataBuilder[FlashAttnSm120Metad
     def __init__(self, kv_cache_spec: Any, layer_names: list[str], vllm_config: Any, device: torch.device) -> None:
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)
         parallel = vllm_config.parallel_config
-        self.ranks = parallel.decode_context_parallel_size
+        # A draft model may have whole keys on every rank.
+        sharded = getattr(kv_cache_spec, "dcp_sharded", True)
+        self.ranks = parallel.decode_context_parallel_size if sharded else 1
         if self.ranks > 1 and parallel.cp_kv_cache_interleave_size != 1:
             got = parallel.cp_kv_cache_interleave_size
             checks.refuse("cp_kv_cache_interleave_size", "1 (keys dealt one by one)", got, NotImplementedError)
@@ -322,13 +324,10 @@ class FlashAttnSm120Impl(AttentionImpl):
         }
         if self.kv_cache_dtype in FLOAT8:
             options["k_descale"], options["v_descale"] = layer._k_scale, layer._v_scale
-        for part in attn_metadata.parts:
-            rows, lens = slice(part.first, part.last), (part.query_start_loc, None, part.max_query_len)
-            given = {"seqused_k": part.seq_lens, "page_table": part.block_table, **options}
-            if part.total_lens is None:
-                flash_attn_varlen_func(query[rows], k, v, *lens, attn_metadata.max_seq_len, **given, out=output[rows])
-            else:
-                self._forward_rank(query[rows], k, v, lens, attn_metadata.max_seq_len, part, given, output[rows])
+        if self.dcp_world_size == 1:
+            self._attend(query, k, v, attn_metadata, options, output)
+        else:
+            self._attend_as_rank(query, k, v, attn_metadata, options, output)
         return output
 
     def do_kv_cache_update(
@@ -376,34 +375,55 @@ class FlashAttnSm120Impl(AttentionImpl):
             out=output[rows],
         )
 
-    def _forward_rank(
+    def _attend(
         self,
         query: torch.Tensor,
         k: torch.Tensor,
         v: torch.Tensor,
-        lens: tuple,
-        max_seq_len: int,
-        part: Part,
+        metadata: FlashAttnSm120Metadata,
+        options: dict[str, Any],
+        output: torch.Tensor,
+    ) -> list:
+        """One call for each part, into output; returns what the calls do."""
+        returned = []
+        for part in metadata.parts:
+            rows = slice(part.first, part.last)
+            returned.append(
+                flash_attn_varlen_func(
+                    query[rows],
+                    k,
+                    v,
+                    part.query_start_loc,
+                    None,
+                    part.max_query_len,
+                    metadata.max_seq_len,
+                    seqused_k=part.seq_lens,
+                    page_table=part.block_table,
+                    cp_tot_seqused_k=part.total_lens,
+                    out=output[rows],
+                    **options,
+                )
+            )
+        return returned
+
+    def _attend_as_rank(
+        self,
+        query: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        metadata: FlashAttnSm120Metadata,
         options: dict[str, Any],
         output: torch.Tensor,
     ) -> None:
         """This rank's keys for the heads of all ranks of its group, which then combine; each keeps its own heads."""
         from vllm.distributed.parallel_state import get_dcp_group
 
-        group = get_dcp_group()
-        out, lse = flash_attn_varlen_func(
-            group.all_gather(query.contiguous(), dim=1),
-            k,
-            v,
-            *lens,
-            max_seq_len,
-            **options,
-            cp_world_size=self.dcp_world_size,
-            cp_rank=self.dcp_rank,
-            cp_tot_seqused_k=part.total_lens,
-            return_lse=True,
-        )
-        output.copy_(self.combine(out, lse.transpose(0, 1).contiguous(), group))
+        group, tokens = get_dcp_group(), slice(metadata.num_actual_tokens)
+        heads = group.all_gather(query[tokens].contiguous(), dim=1)
+        options |= {"cp_world_size": self.dcp_world_size, "cp_rank": self.dcp_rank, "return_lse": True}
+        partial = torch.empty_like(heads)
+        lse = torch.cat([lse for _, lse in self._attend(heads, k, v, metadata, options, partial)], dim=1)
+        output[tokens] = self.combine(partial, lse.transpose(0, 1).contiguous(), group)
 
     def _window(self, causal: bool) -> tuple[int, int]:
         """A window that only looks back, where rows may look ahead, reaches as far ahead."""
