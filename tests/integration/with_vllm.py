@@ -1,7 +1,7 @@
 """The backend inside vLLM's own classes, on a CPU: registration, selection, metadata, and layers that compute.
 
-Run by test_vllm_plugin.py, with the sources of one vLLM on the path and the plugin no_gpu. The reference computes what a
-kernel would.
+Run by test_vllm_plugin.py, with the sources of one vLLM on the path and the plugin no_gpu. The reference computes what
+a kernel would.
 """
 
 import inspect
