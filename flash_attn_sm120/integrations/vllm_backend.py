@@ -10,7 +10,7 @@ from functools import cache
 from typing import Any, ClassVar
 
 import torch
-from vllm.config import get_current_vllm_config_or_none
+from vllm.config import CUDAGraphMode, get_current_vllm_config_or_none
 from vllm.v1.attention.backend import (
     AttentionBackend,
     AttentionCGSupport,
@@ -184,6 +184,10 @@ class FlashAttnSm120MetadataBuilder(AttentionMetadataBuilder[FlashAttnSm120Metad
         return self._build(common_attn_metadata, self._leading_decodes(common_attn_metadata))
 
     def build_for_cudagraph_capture(self, common_attn_metadata: CommonAttentionMetadata) -> FlashAttnSm120Metadata:
+        """Where one graph serves every mixture, any request may have all its tokens, whatever the batch at hand says."""
+        mode = self.vllm_config.compilation_config.cudagraph_mode
+        if mode is not None and mode.mixed_mode() == CUDAGraphMode.FULL:
+            common_attn_metadata = replace(common_attn_metadata, max_query_len=common_attn_metadata.num_actual_tokens)
         return self._build(common_attn_metadata, 0)
 
     def update_block_table(

@@ -14,6 +14,7 @@ import pytest
 import torch
 from no_gpu import Platform
 from oracle import ints, marks, rand
+from vllm.config import CUDAGraphMode
 from vllm.config.attention import AttentionConfig
 from vllm.platforms.interface import DeviceCapability
 from vllm.plugins import load_general_plugins
@@ -177,12 +178,17 @@ def test_graphs_of_any_batch():
     assert builder.get_cudagraph_support(None, None) is vllm_backend.AttentionCGSupport.ALWAYS
 
 
-def config(ranks=1, interleave=1, drafts=None):
+def config(ranks=1, interleave=1, drafts=None, graphs="FULL_AND_PIECEWISE"):
     speculative = drafts and SimpleNamespace(num_speculative_tokens=drafts, parallel_drafting=False)
     parallel = SimpleNamespace(
         decode_context_parallel_size=ranks, cp_kv_cache_interleave_size=interleave, dcp_comm_backend="ag_rs"
     )
-    return SimpleNamespace(parallel_config=parallel, speculative_config=speculative, use_v2_model_runner=True)
+    return SimpleNamespace(
+        parallel_config=parallel,
+        speculative_config=speculative,
+        compilation_config=SimpleNamespace(cudagraph_mode=CUDAGraphMode[graphs]),
+        use_v2_model_runner=True,
+    )
 
 
 def builder_of(spec=None, **options):
@@ -244,6 +250,15 @@ def test_a_captured_batch_is_whole():
     table, _ = tables(MIXED[1])
     metadata = builder_of().build_for_cudagraph_capture(common(*MIXED, table))
     assert spans(metadata) == [(0, 44, slice(0, 5), 40)]
+
+
+@pytest.mark.parametrize(("graphs", "longest"), [("FULL", 24), ("FULL_DECODE_ONLY", 1), ("FULL_AND_PIECEWISE", 1)])
+def test_a_graph_of_all_mixtures_bounds_none(graphs, longest):
+    """vLLM 0.24 captures it with one token a request, and replays it with all tokens in one."""
+    lengths = [1] * 24
+    table, _ = tables(lengths)
+    metadata = builder_of(graphs=graphs).build_for_cudagraph_capture(common(lengths, lengths, table))
+    assert spans(metadata) == [(0, 24, slice(0, 24), longest)]
 
 
 def test_drafts_count_as_decodes():
