@@ -184,17 +184,30 @@ class FlashAttnSm120MetadataBuilder(AttentionMetadataBuilder[FlashAttnSm120Metad
         return self._build(common_attn_metadata, self._leading_decodes(common_attn_metadata))
 
     def build_for_cudagraph_capture(self, common_attn_metadata: CommonAttentionMetadata) -> FlashAttnSm120Metadata:
-        """Where one graph serves every mixture, any request may have all its tokens, whatever the batch at hand says."""
+        """Where one graph serves every mixture, any request may have all its tokens, whatever this batch says."""
         mode = self.vllm_config.compilation_config.cudagraph_mode
         if mode is not None and mode.mixed_mode() == CUDAGraphMode.FULL:
             common_attn_metadata = replace(common_attn_metadata, max_query_len=common_attn_metadata.num_actual_tokens)
-        return self._build(common_attn_metadata, 0)
+        metadata = self._build(common_attn_metadata, 0)
+        self._load_kernels(metadata)
+        return metadata
 
     def update_block_table(
         self, metadata: FlashAttnSm120Metadata, blk_table: torch.Tensor, slot_mapping: torch.Tensor
     ) -> FlashAttnSm120Metadata:
         parts = [replace(part, block_table=blk_table[part.requests]) for part in metadata.parts]
         return replace(metadata, block_table=blk_table, slot_mapping=slot_mapping, parts=parts)
+
+    def _load_kernels(self, metadata: FlashAttnSm120Metadata) -> None:
+        """Runs the layers' attention once on anything: code can't be loaded while a graph is captured."""
+        dtype = self.vllm_config.model_config.dtype
+        for name in self.layer_names:
+            layer = self.vllm_config.compilation_config.static_forward_context.get(name)
+            impl = getattr(layer, "impl", None)
+            if isinstance(impl, FlashAttnSm120Impl) and impl.attn_type not in WITHOUT_CACHE and layer.kv_cache.numel():
+                shape = (metadata.num_actual_tokens, impl.num_heads, impl.head_size)
+                query = torch.zeros(shape, dtype=dtype, device=self.device)
+                impl.forward(layer, query, None, None, layer.kv_cache, metadata, torch.empty_like(query))
 
     def _leading_decodes(self, common: CommonAttentionMetadata) -> int:
         """How many requests at the batch's front are short, where others follow; else 0."""

@@ -29,7 +29,10 @@ SMALL = ("vllm/cumem_allocator.abi3.so", "vllm/spinloop.abi3.so")
 FLASH_ATTN = "vllm/vllm_flash_attn/_vllm_fa3_C.abi3.so"
 STAND_IN = "vllm/vllm_flash_attn/_vllm_fa2_C.py"
 KEPT = (".py", ".json", "/METADATA", "/entry_points.txt")
-LEFT_OUT = ("/fused_moe/configs/", "/static/", "vllm/third_party/fmha_sm100/", "/quantization/utils/configs/")
+LEFT_OUT = (
+    "/fused_moe/configs/", "/quantization/utils/configs/", "/static/",
+    "vllm/third_party/fmha_sm100/", "vllm/third_party/deep_gemm/",
+)  # fmt: skip
 # The CUDA binaries that nvcc puts into a library, as cuobjdump reads them.
 FATBIN = struct.pack("<IHH", 0xBA55ED50, 1, 16)
 PTX, CUBIN = 1, 2

@@ -11,8 +11,9 @@ its prompts cached. The reference generates greedily, without CUDA graphs. FLASH
   full    every batch of at most 64 tokens replays a graph, also mixed ones
   decode  batches of decodes replay graphs
 in two ways: freely, compared up to each request's first difference; and led along the reference's tokens, compared
-everywhere, which is how every decode step counts. A position counts where the reference's top two logits are more than
-1e-2 apart. Exits with 1 where fewer than 99% of these agree, or where vLLM's log doesn't name the backend.
+everywhere, which is how every decode step counts. Where vLLM's newer model runner takes the model, a third engine runs
+it freely (`runner 2`); only the older one can be led. A position counts where the reference's top two logits are more
+than 1e-2 apart. Exits with 1 where fewer than 99% of these agree, or where vLLM's log doesn't name the backend.
 
 Without a network (PyTorch 2.11.0, transformers 5 and Triton in place, this repository in the working directory):
 
@@ -25,6 +26,7 @@ The backend is found through its entry point, or, where this package lies uninst
 
 import argparse
 import gc
+import itertools
 import json
 import logging
 import os
@@ -47,6 +49,7 @@ VOCABULARY, REQUESTS, NEW_TOKENS, LONGEST = 1024, 32, 64, 1500
 GAP = 1e-2  # between the top two logits, above which tokens are to agree
 ENOUGH = 0.99
 SIZES = [1, 2, 4, 8, 16, 24, 32, 48, 64]  # tokens of the batches that graphs are captured for
+RUNNERS = {"llama": (1, 2), "qwen3": (1, 2), "gemma3": (1,), "gpt_oss": (1,)}  # those that vLLM 0.24 has for a model
 MODES: dict[str, dict[str, Any]] = {
     "eager": {"enforce_eager": True},
     "full": {"compilation_config": {"mode": 0, "cudagraph_mode": "FULL", "cudagraph_capture_sizes": SIZES}},
@@ -156,7 +159,8 @@ def leader() -> type:
 class Engine:
     """A vLLM with one backend."""
 
-    def __init__(self, model: Path, backend: str, mode: str, kv: str) -> None:
+    def __init__(self, model: Path, backend: str, mode: str, kv: str, runner: int = 1) -> None:
+        """runner: 1 or 2, which of vLLM's model runners; processors of logits make it the first."""
         from vllm import LLM
 
         self.log = Log()
@@ -175,7 +179,7 @@ class Engine:
             num_gpu_blocks_override=4096,
             gpu_memory_utilization=0.3,
             async_scheduling=False,
-            logits_processors=[leader()],
+            logits_processors=[leader()] if runner == 1 else None,
             seed=0,
             **MODES[mode],
         )
@@ -224,6 +228,7 @@ class Row:
     model: str
     kv: str
     mode: str
+    runner: int
     round: int
     way: str
     positions: int
@@ -270,22 +275,21 @@ def run(model: str, path: Path, kv: str, options: argparse.Namespace) -> list[Ro
     reference = engine.generate()
     engine.close()
     rows = []
-    for mode in options.modes:
-        engine = Engine(path, BACKEND, mode, kv)
+    for mode, runner in itertools.product(options.modes, RUNNERS[model]):
+        engine = Engine(path, BACKEND, mode, kv, runner)
         named = [line for line in engine.log.lines if BACKEND in line and "backend" in line]
-        for turn in (1, 2):
-            for way in ("free", "led"):
-                ours = engine.generate(reference if way == "led" else None)
-                counts = compare(reference, ours, way)
-                rows.append(Row(model, kv, mode, turn, way, *counts, named[0] if named else ""))
-                print(line_of(rows[-1]), flush=True)
+        for turn, way in itertools.product((1, 2), ("free", "led") if runner == 1 else ("free",)):
+            ours = engine.generate(reference if way == "led" else None)
+            counts = compare(reference, ours, way)
+            rows.append(Row(model, kv, mode, runner, turn, way, *counts, named[0] if named else ""))
+            print(line_of(rows[-1]), flush=True)
         engine.close()
     return rows
 
 
 def line_of(row: Row) -> str:
     return (
-        f"{row.model:8} {row.kv:5} {row.mode:8} round {row.round} {row.way:5}"
+        f"{row.model:8} {row.kv:5} {row.mode:8} runner {row.runner} round {row.round} {row.way:5}"
         f"{row.positions:6} positions {row.compared:6} compared {100 * row.share:7.2f}% agree"
     )
 

@@ -186,7 +186,8 @@ def config(ranks=1, interleave=1, drafts=None, graphs="FULL_AND_PIECEWISE"):
     return SimpleNamespace(
         parallel_config=parallel,
         speculative_config=speculative,
-        compilation_config=SimpleNamespace(cudagraph_mode=CUDAGraphMode[graphs]),
+        compilation_config=SimpleNamespace(cudagraph_mode=CUDAGraphMode[graphs], static_forward_context={}),
+        model_config=SimpleNamespace(dtype=BF16),
         use_v2_model_runner=True,
     )
 
@@ -370,6 +371,23 @@ class Case:
 
 
 LAYOUTS = ["two NHD", "two HND", "one NHD", "one HND"]
+
+
+def test_a_graphs_kernels_are_loaded_before_it_is_captured(recorder, monkeypatch):
+    case = Case(monkeypatch, MIXED)
+    builder = builder_of()
+    layer = SimpleNamespace(impl=case.impl(sliding_window=20), kv_cache=case.cache, **vars(case.layer))
+    encoder = SimpleNamespace(impl=case.impl(attn_type="encoder_only"), kv_cache=torch.tensor([]))
+    unbound = SimpleNamespace(impl=case.impl(), kv_cache=torch.tensor([]))
+    context = {"layer": layer, "encoder": encoder, "unbound": unbound, "other": SimpleNamespace(), "elsewhere": layer}
+    builder.vllm_config.compilation_config.static_forward_context = context
+    builder.layer_names = ["layer", "encoder", "unbound", "other", "gone"]
+    metadata = builder.build_for_cudagraph_capture(common(*MIXED, case.table))
+    (call,) = recorder.calls
+    assert call.q.shape == (44, HEADS, DIM) and call.numbers.window_left == 19
+    assert call.lengths.page_table is metadata.block_table and call.k.data_ptr() == case.cache.data_ptr()
+    builder.build(0, common(*MIXED, case.table))
+    assert len(recorder.calls) == 1
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
