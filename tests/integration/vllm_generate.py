@@ -87,17 +87,22 @@ def configurations() -> dict[str, Any]:
 
 def write_model(name: str, folder: Path) -> Path:
     """Random weights; queries four times as large as a fresh model's, so that attention picks among its keys."""
+    from safetensors.torch import save_file
     from transformers import AutoModelForCausalLM
 
     torch.manual_seed(7)
     model = AutoModelForCausalLM.from_config(configurations()[name], dtype=torch.bfloat16)
-    with torch.no_grad():
-        for key, weight in model.named_parameters():
-            if "q_proj.weight" in key:
-                weight.mul_(4)
-            elif "sinks" in key:
-                weight.normal_()
-    model.save_pretrained(folder / name)
+    tensors = {}
+    for key, weight in model.state_dict().items():
+        if "q_proj.weight" in key:
+            weight *= 4
+        elif "sinks" in key:
+            weight.normal_()
+        # vLLM 0.24 looks for gpt-oss's 16-bit experts under a name of its own.
+        tensors[key.replace(".mlp.experts.", ".mlp.experts.routed_experts.")] = weight.contiguous()
+    model.config.architectures = [type(model).__name__]
+    model.config.save_pretrained(folder / name)
+    save_file(tensors, folder / name / "model.safetensors", metadata={"format": "pt"})
     return folder / name
 
 
