@@ -122,6 +122,17 @@ def test_pages(device, lengths):
     check_varlen(q, k, v, **options, causal=True, fa_version=3)
 
 
+@pytest.mark.parametrize("heads_first", [True, False])
+@pytest.mark.parametrize("lengths", [PREFILL, DECODE], ids=["prefill", "decode"])
+def test_a_cache_whose_rows_hold_k_and_v(device, lengths, heads_first):
+    """vLLM 0.33: (blocks, heads_kv, block_size, 2 * head_dim), in memory either heads or rows first."""
+    q, k, v, options = paged(device.torch_device, *lengths)
+    cache = torch.cat([k, v], dim=-1)
+    cache = cache.transpose(1, 2).contiguous() if heads_first else cache.transpose(1, 2)
+    k, v = cache.transpose(1, 2).split(64, dim=-1)
+    check_varlen(q, k, v, **options, causal=True)
+
+
 def test_packed_keys(device):
     where = device.torch_device
     q, k, v = rand(where, 50, 4, 64), rand(where, 61, 2, 64), rand(where, 61, 2, 64)

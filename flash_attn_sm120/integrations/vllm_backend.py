@@ -169,6 +169,7 @@ class FlashAttnSm120MetadataBuilder(AttentionMetadataBuilder[FlashAttnSm120Metad
     def __init__(self, kv_cache_spec: Any, layer_names: list[str], vllm_config: Any, device: torch.device) -> None:
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)
         parallel = vllm_config.parallel_config
+        self.splits_batches = True
         # A draft model may have whole keys on every rank.
         sharded = getattr(kv_cache_spec, "dcp_sharded", True)
         self.ranks = parallel.decode_context_parallel_size if sharded else 1
@@ -181,14 +182,20 @@ class FlashAttnSm120MetadataBuilder(AttentionMetadataBuilder[FlashAttnSm120Metad
         self, common_prefix_len: int, common_attn_metadata: CommonAttentionMetadata, fast_build: bool = False
     ) -> FlashAttnSm120Metadata:
         """common_prefix_len and fast_build are of no use: a shared prefix is read from L2, and nothing here is slow."""
-        return self._build(common_attn_metadata, self._leading_decodes(common_attn_metadata))
+        decodes = self._leading_decodes(common_attn_metadata) if self.splits_batches else 0
+        return self._build(common_attn_metadata, decodes)
 
     def build_for_cudagraph_capture(self, common_attn_metadata: CommonAttentionMetadata) -> FlashAttnSm120Metadata:
         """Where one graph serves every mixture, any request may have all its tokens, whatever this batch says."""
         mode = self.vllm_config.compilation_config.cudagraph_mode
         if mode is not None and mode.mixed_mode() == CUDAGraphMode.FULL:
             common_attn_metadata = replace(common_attn_metadata, max_query_len=common_attn_metadata.num_actual_tokens)
-        metadata = self._build(common_attn_metadata, 0)
+        self.splits_batches = False
+        try:
+            # vLLM makes builders of its own of this one, whose build changes the batch.
+            metadata = self.build(0, common_attn_metadata)
+        finally:
+            self.splits_batches = True
         self._load_kernels(metadata)
         return metadata
 
@@ -207,7 +214,8 @@ class FlashAttnSm120MetadataBuilder(AttentionMetadataBuilder[FlashAttnSm120Metad
             if isinstance(impl, FlashAttnSm120Impl) and impl.attn_type not in WITHOUT_CACHE and layer.kv_cache.numel():
                 shape = (metadata.num_actual_tokens, impl.num_heads, impl.head_size)
                 query = torch.zeros(shape, dtype=dtype, device=self.device)
-                impl.forward(layer, query, None, None, layer.kv_cache, metadata, torch.empty_like(query))
+                out = torch.empty_like(query)
+                FlashAttnSm120Impl.forward(impl, layer, query, None, None, layer.kv_cache, metadata, out)
 
     def _leading_decodes(self, common: CommonAttentionMetadata) -> int:
         """How many requests at the batch's front are short, where others follow; else 0."""

@@ -262,6 +262,20 @@ def test_a_graph_of_all_mixtures_bounds_none(graphs, longest):
     assert spans(metadata) == [(0, 24, slice(0, 24), longest)]
 
 
+def test_a_builder_made_of_it_is_captured_with_its_own_batch():
+    """As vLLM's builders of cross and chunked attention, which change the batch in build."""
+
+    class Cross(own.FlashAttnSm120MetadataBuilder):
+        def build(self, common_prefix_len, common_attn_metadata, fast_build=False):
+            return super().build(common_prefix_len, common_attn_metadata.replace(causal=False), fast_build)
+
+    table, _ = tables(MIXED[1])
+    builder = Cross(None, ["layer"], config(), torch.device("cpu"))
+    captured = builder.build_for_cudagraph_capture(common(*MIXED, table))
+    assert captured.causal is False and len(captured.parts) == 1
+    assert len(builder.build(0, common(*MIXED, table)).parts) == 2
+
+
 def test_drafts_count_as_decodes():
     table, _ = tables([50, 50, 50])
     builder = builder_of(drafts=3)
