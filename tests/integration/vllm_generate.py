@@ -37,14 +37,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-# One process: engines come and go without importing vLLM anew, and its log lines can be read here.
-os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
-os.environ.setdefault("HF_HUB_OFFLINE", "1")
-os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
-
 import torch
 
 BACKEND = "FLASH_ATTN_SM120"
+# One process: engines come and go without importing vLLM anew, and its log lines can be read here.
+ENVIRONMENT = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1"}
 VOCABULARY, REQUESTS, NEW_TOKENS, LONGEST = 1024, 32, 64, 1500
 GAP = 1e-2  # between the top two logits, above which tokens are to agree
 ENOUGH = 0.99
@@ -315,6 +312,8 @@ def main() -> None:
     parser.add_argument("--reference", default="TRITON_ATTN", help="the backend that is compared with")
     parser.add_argument("--json", type=Path, help="where the table goes, too")
     options = parser.parse_args()
+    for name, value in ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
     import vllm
 
     from flash_attn_sm120.integrations.vllm import register
