@@ -1,12 +1,13 @@
-# make demo, make test: each sets up what it needs in .venv first. PYTHON names the interpreter to start from, 3.10 to 3.13;
+# make demo, make test, make test-vllm: each sets up what it needs in .venv first. PYTHON names the interpreter to start from, 3.10 to 3.13;
 # WORKERS says how many tests run at a time.
 
 PYTHON ?= python3
 WORKERS ?= 2
 RUN := .venv/bin/python
 READY := .venv/ready
+VLLM := .venv/vllm/ready
 
-.PHONY: demo test lint clean
+.PHONY: demo test test-vllm lint clean
 
 demo: $(READY)
 	$(RUN) -m flash_attn_sm120 doctor || true
@@ -14,7 +15,10 @@ demo: $(READY)
 	$(RUN) -m flash_attn_sm120 compile --arch sm_120a,sm_121a
 
 test: $(READY) lint
-	$(RUN) -m pytest -q -n $(WORKERS) --dist worksteal
+	$(RUN) -m pytest -q -n $(WORKERS) --dist worksteal --ignore tests/integration
+
+test-vllm: $(READY) $(VLLM)
+	$(RUN) -m pytest -q tests/integration
 
 lint: $(READY)
 	$(RUN) -m ruff check .
@@ -34,6 +38,11 @@ $(READY): pyproject.toml constraints.txt
 		$(RUN) -m pip install -q torch==$$(sed -n 's/^torch==//p' constraints.txt); \
 	fi
 	$(RUN) -m pip install -q -c .venv/constraints.txt -e ".[cu13,test]"
+	@touch $@
+
+# The Python of the vLLMs that the backend is tested in, 0.7 GB from the package index.
+$(VLLM): $(READY) tests/integration/vllm_python.py tests/integration/vllm_requirements.txt
+	$(RUN) tests/integration/vllm_python.py .venv/vllm
 	@touch $@
 
 clean:
