@@ -16,6 +16,7 @@ from flash_attn_sm120.checks_sparse import check_aux, check_block_sparse, check_
 from flash_attn_sm120.dropout import check_dropout_p, seed_tensor, thresholds
 from flash_attn_sm120.mod_key import mod_of
 from flash_attn_sm120.problem import Mod
+from flash_attn_sm120.workspace import lasting
 
 _no_blocks: dict[torch.device, torch.Tensor] = {}
 
@@ -147,7 +148,10 @@ def _lists(blocks: BlockSparseTensors, batch: int, heads: int, device: torch.dev
     for cnt, idx in (given[:2], given[2:]):
         if cnt is None:
             if device not in _no_blocks:
-                _no_blocks[device] = torch.zeros(1, dtype=torch.int32, device=device)
+                if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+                    expected = "both lists, or a call before the capture"
+                    refuse("block_sparse_tensors", expected, "one list in a capture")
+                _no_blocks[device] = lasting(lambda: torch.zeros(1, dtype=torch.int32, device=device), device)
             nothing = _no_blocks[device]
             lists += [nothing.expand(batch, heads, rows), nothing.expand(batch, heads, rows, 1)]
         else:

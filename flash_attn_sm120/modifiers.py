@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from flash_attn_sm120 import checks
+from flash_attn_sm120.workspace import lasting
 
 _constants: dict[tuple[float, torch.device], torch.Tensor] = {}
 
@@ -27,7 +28,8 @@ def constant_way(value: float, shape: tuple[int, ...], device: torch.device) -> 
         if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
             expected = "a tensor, or a number that a call before the capture had"
             checks.refuse("v_descale", expected, value)
-        found = _constants[value, device] = torch.tensor(value, dtype=torch.float32, device=device)
+        found = lasting(lambda: torch.tensor(value, dtype=torch.float32, device=device), device)
+        _constants[value, device] = found
     repeated = found.expand(shape)
     return lambda _: repeated
 

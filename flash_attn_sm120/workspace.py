@@ -1,6 +1,10 @@
-"""Memory that the blocks of a split launch share: partial results, and tickets, which are zeros between launches."""
+"""Memory that the blocks of a split launch share, partial results and tickets, which are zeros between launches; and
+memory that outlasts a call."""
 
 from __future__ import annotations
+
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 
 import torch
 
@@ -26,5 +30,22 @@ def tickets(count: int, device: torch.device) -> torch.Tensor:
     key = (device.index, torch._C._cuda_getCurrentRawStream(device.index))
     found = _tickets.get(key)
     if found is None or found.numel() < count:
-        found = _tickets[key] = torch.zeros(max(count, 4096), dtype=torch.int32, device=device)
+        size = max(count, 4096)
+        found = _tickets[key] = lasting(lambda: torch.zeros(size, dtype=torch.int32, device=device), device)
     return found
+
+
+def lasting(make: Callable[[], torch.Tensor], device: torch.device) -> torch.Tensor:
+    """make(), in memory that no CUDA graph calls its own: while PyTorch warms a graph up, what this thread and stream
+    allocate belongs to the graph's pool, which mustn't be kept. Waits for the device."""
+    if device.type != "cuda":
+        return make()
+
+    def elsewhere() -> torch.Tensor:
+        with torch.cuda.device(device):
+            made = make()
+            torch.cuda.current_stream().synchronize()
+        return made
+
+    with ThreadPoolExecutor(1) as other:
+        return other.submit(elsewhere).result()

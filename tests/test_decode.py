@@ -6,6 +6,7 @@ import pytest
 import torch
 from decode_cases import Case, check, make
 
+from flash_attn_sm120 import flash_attn_func, modifiers, workspace
 from flash_attn_sm120.compile import build, load
 from flash_attn_sm120.dispatch import choose
 
@@ -198,3 +199,22 @@ def test_a_graph_follows_the_lengths(gpu):
         torch.cuda.synchronize()
         inputs.q, inputs.k, inputs.v, inputs.total_k = fresh.q, fresh.k, fresh.v, fresh.total_k
         check(base, inputs)
+
+
+def test_what_is_kept_is_not_in_a_pool_of_a_graph(gpu):
+    """While PyTorch warms a CUDA graph up, allocations go to the graph's pool, whose memory it hands out again."""
+    q = torch.randn(1, 1, 8, 64, device=gpu, dtype=torch.bfloat16)
+    k = torch.randn(1, 4096, 8, 64, device=gpu, dtype=torch.bfloat16)
+    workspace._tickets.clear()
+    modifiers._constants.clear()
+    pool = torch.cuda.MemPool()
+    with torch.cuda.use_mem_pool(pool):
+        flash_attn_func(q, k, k, num_splits=4, v_descale=0.5)
+    torch.cuda.synchronize()
+    kept = [*workspace._tickets.values(), *modifiers._constants.values()]
+    assert len(kept) == 2
+    own = [part for part in torch.cuda.memory_snapshot() if tuple(part["segment_pool_id"]) == tuple(pool.id)]
+    assert own, "the call allocated nothing in the pool, so this shows nothing"
+    for tensor in kept:
+        place = tensor.data_ptr()
+        assert not any(part["address"] <= place < part["address"] + part["total_size"] for part in own)
