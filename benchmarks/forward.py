@@ -24,11 +24,13 @@ from ceiling import mma_tflops
 from sm120_mode import padded_smem
 from timing import median_ms
 
-from flash_attn_sm120.arguments import Arguments, Numbers
+from flash_attn_sm120.arguments import Arguments, Numbers, Queue
 from flash_attn_sm120.checks import target_of
 from flash_attn_sm120.compile import build
 from flash_attn_sm120.dispatch import TILES, Plan, can_implement, choose, plan_for
+from flash_attn_sm120.launchers import sm_count
 from flash_attn_sm120.problem import AttentionProblem
+from flash_attn_sm120.workspace import tickets
 
 WRONG = 0.05  # a larger difference between two kernels is no rounding
 
@@ -106,13 +108,22 @@ def _call(cell: Cell, plan: Plan, occupancy: str, target: str) -> Callable:
     launch = launcher(cell.problem, plan, target)
     left = -1 if cell.window is None else cell.window
     numbers = Numbers(1 / math.sqrt(cell.head_dim), window_left=left)
+    queue = queue_for(plan)
 
     def call(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
         out = torch.empty((*q.shape[:-1], v.shape[-1]), dtype=q.dtype, device=q.device)
-        launch(*Arguments(q, k, v, out, numbers=numbers))
+        launch(*Arguments(q, k, v, out, numbers=numbers), *queue)
         return out
 
     return call
+
+
+def queue_for(plan: Plan) -> tuple:
+    """What a launcher of the plan takes after Arguments."""
+    if not plan.turn_bytes:
+        return ()
+    device = torch.device("cuda", 0)
+    return (Queue(tickets(1, device), sm_count(device)),)
 
 
 def measure(cell: Cell, occupancy: str, wanted: list[str], ceiling: float) -> dict:

@@ -77,6 +77,13 @@ class Arguments(NamedTuple):
     numbers: Numbers = Numbers()
 
 
+class Queue(NamedTuple):
+    """How the thread blocks of a launch share its tiles. A launcher whose plan has a queue takes it after Arguments."""
+
+    ticket: Any  # (at least 1,) int32, 0 before a launch and after
+    sm_count: Any  # multiprocessors of the GPU
+
+
 class Partials(NamedTuple):
     """What the blocks of a split decode tell one another. A launcher of a decode problem takes it after Arguments, None
     where the problem isn't split. out and lse hold anything, tickets zeros, before a launch and after."""

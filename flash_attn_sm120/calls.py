@@ -58,6 +58,7 @@ class Call(NamedTuple):
     lse_rows: tuple[int, ...] = ()  # shape that lse has, asked for or not
     tickets: int = 0  # of a split launch
     slots: int = 0  # likewise
+    sm_count: int = 0  # of arguments.Queue, for a launcher that takes one
     batch: int = 0
     heads: int = 0
 

@@ -23,6 +23,7 @@ from flash_attn_sm120.arguments import (
     Modifiers,
     Numbers,
     Partials,
+    Queue,
 )
 from flash_attn_sm120.dispatch import Plan, candidates
 from flash_attn_sm120.kernels.classify import ClassifyBlocks
@@ -97,6 +98,8 @@ def build(problem: Problem, plan: Plan | None, arch: str, keep: bool = False):
             options += f" --generate-line-info --keep-ptx --keep-cubin --dump-dir {folder}"
         signature = {CombineProblem: _combine_signature, ClassifyProblem: _classify_signature}
         arguments = signature.get(type(problem), _signature)(problem)
+        if plan is not None and plan.turn_bytes:
+            arguments += (Queue(_rows(Int32, 1), Int32(0)),)
         return cute.compile(kernel, *arguments, make_fake_stream(use_tvm_ffi_env_stream=True), options=options)
 
 

@@ -19,10 +19,11 @@ MODIFIERS = (*SCORES, *CHANGES)
 MAX_SPLITS = 64  # parts of a sequence in a decode
 TILE_NOTE_BYTES = 48  # what a thread block writes down instead of keeping it in registers, behind the tiles
 SECOND_NOTE_BYTES = 48
+TURN_BYTES = 16  # behind the notes of a block that takes one tile after another
 
 
 def barrier_bytes(stages: int) -> int:
-    """Of the mbarriers behind the note: one of Q's, four of each stage."""
+    """Of the mbarriers behind the note: one of Q's, four of each stage, one of the tile's end."""
     return 16 + 32 * stages
 
 
@@ -50,6 +51,7 @@ class Plan:
     stages: int = 1
     way: str = ""  # of loading, in prefill
     note_bytes: int = TILE_NOTE_BYTES
+    turn_bytes: int = 0  # of the word that says which of its tiles a block is at; 0: a block has one tile
 
     @property
     def hands_over_registers(self) -> bool:
@@ -58,7 +60,12 @@ class Plan:
     @property
     def note_offset(self) -> int:
         """Where in shared memory the tile's note lies."""
-        return self.barrier_offset - self.note_bytes
+        return self.turn_offset - self.note_bytes
+
+    @property
+    def turn_offset(self) -> int:
+        """Where the turn lies."""
+        return self.barrier_offset - self.turn_bytes
 
     @property
     def barrier_offset(self) -> int:
@@ -175,7 +182,8 @@ def fits_tensor_maps(problem: AttentionProblem, arch: str) -> bool:
 
 
 def smem_bytes(problem: AttentionProblem, row: TileRow) -> int:
-    """Q, the stages of K and V, a note and the barriers; out takes the tiles' place at the end."""
+    """Q, the stages of K and V, a note and the barriers; out takes the tiles' place at the end, but where one Q tile
+    follows another."""
     d, dv = padded(problem.head_dim), padded(problem.head_dim_v)
     inputs = row.tile_m * d + row.stages * row.tile_n * (d + dv)
     return ELEMENT_BYTES * max(inputs, row.tile_m * dv) + note_bytes(problem) + barrier_bytes(row.stages)
@@ -215,6 +223,11 @@ def can_implement(kernel: str, problem: AttentionProblem, arch: str) -> bool:
     return fits_tensor_maps(problem, arch)
 
 
+def takes_queue(problem: AttentionProblem, arch: str) -> bool:
+    """Whether the problem's launcher takes an arguments.Queue."""
+    return choose(problem, arch).turn_bytes > 0
+
+
 def compute_capability(arch: str) -> int:
     """Of a target such as "sm_120a": its major number."""
     return int("".join(filter(str.isdigit, arch))) // 10
@@ -250,7 +263,9 @@ def hands_over_registers(arch: str) -> bool:
 
 def _plan_of(row: TileRow, kernel: str, problem: AttentionProblem, way: str, arch: str) -> Plan:
     tile = (row.tile_m, row.tile_n, row.num_warps, row.blocks_per_sm)
-    plan = Plan(kernel, *tile, smem_bytes(problem, row), row.q_in_registers, stages=row.stages, way=way)
+    turn_bytes = TURN_BYTES if kernel == "forward_tma" else 0
+    smem = smem_bytes(problem, row) + turn_bytes
+    plan = Plan(kernel, *tile, smem, row.q_in_registers, stages=row.stages, way=way, turn_bytes=turn_bytes)
     copying_warps = FP8_COPYING_WARPS if way == "fp8" else row.copying_warps
     plan = replace(plan, copying_warps=copying_warps, note_bytes=note_bytes(problem))
     if not hands_over_registers(arch):

@@ -23,7 +23,7 @@ from flash_attn_sm120.dispatch import use_decode
 from flash_attn_sm120.prepare import check_values, prepare
 from flash_attn_sm120.scheduling import SchedulerMetadata, splits_of
 from flash_attn_sm120.strides import aligned, aligned_pool, target_for
-from flash_attn_sm120.workspace import partials
+from flash_attn_sm120.workspace import partials, tickets
 
 NO_TENSORS = (None,) * len(Tensors._fields)
 NO_MODIFIERS = Modifiers()
@@ -352,6 +352,10 @@ def _launch(
         modifiers = (*[way(given) for way, given in zip(call.modifiers, tensors[6:], strict=True)], None, None, None)
     if changes is not None:
         modifiers = (*modifiers[:4], *kernel_fields(changes, call.batch, call.heads, q.device))
+    if call.sm_count:
+        queue = (tickets(1, q.device), call.sm_count)
+        call.launcher(q, k, v, out, lse, lengths, modifiers, call.numbers, queue)
+        return
     if not call.num_splits:
         call.launcher(q, k, v, out, lse, lengths, modifiers, call.numbers)
         return

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 
 import torch
 
-from flash_attn_sm120 import calls, checks
+from flash_attn_sm120 import calls, checks, dispatch
 from flash_attn_sm120.problem import AttentionProblem, ClassifyProblem, CombineProblem
 
 Problem = AttentionProblem | CombineProblem | ClassifyProblem
@@ -16,6 +16,7 @@ Problem = AttentionProblem | CombineProblem | ClassifyProblem
 _launchers: dict[tuple[Problem, torch.device], Callable] = {}
 _targets: dict[int, str] = {}
 _lock = threading.Lock()
+SIMULATED = "sm_120a"  # what stands in on a CPU
 _cpu_load: Callable[[Problem], Callable] | None = None
 
 
@@ -50,6 +51,11 @@ def target(index: int) -> str:
                 _targets[index] = checks.target_of(torch.cuda.get_device_capability(index))
             found = _targets[index]
     return found
+
+
+def takes_queue(problem: AttentionProblem, device: torch.device) -> bool:
+    """Whether the problem's launcher on this device takes an arguments.Queue."""
+    return dispatch.takes_queue(problem, target(device.index) if device.type == "cuda" else SIMULATED)
 
 
 def sm_count(device: torch.device) -> int:

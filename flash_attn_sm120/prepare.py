@@ -64,6 +64,7 @@ def prepare(
         lse_rows=lse_shape,
         tickets=cut.tickets,
         slots=cut.slots,
+        sm_count=launchers.sm_count(q.device) if launchers.takes_queue(problem, q.device) else 0,
         batch=batch,
         heads=heads,
     )

@@ -86,7 +86,8 @@ class Recorder:
             else:
                 named = Arguments(*arguments[:8])
                 named = named._replace(lengths=Lengths(*named.lengths), modifiers=Modifiers(*named.modifiers))
-                self.partials += [partials and Partials(*partials) for partials in arguments[8:]]
+                if problem.decode:
+                    self.partials += [partials and Partials(*partials) for partials in arguments[8:]]
             self.calls.append(named)
             named.out.fill_(1.0)
             if named.lse is not None:

@@ -5,6 +5,7 @@ import torch
 from flash_attn_sm120 import reference
 from flash_attn_sm120.arguments import Arguments, CombineArguments, Lengths, Modifiers, Numbers, Partials
 from flash_attn_sm120.checks import UNBOUNDED
+from flash_attn_sm120.dispatch import takes_queue
 from flash_attn_sm120.dropout import BITS
 from flash_attn_sm120.problem import AttentionProblem, CombineProblem
 
@@ -15,7 +16,7 @@ def load(problem):
 
 def launcher(problem: AttentionProblem):
     def launch(*values):
-        given, rest = Arguments(*values[:8]), values[8:]
+        given, rest = Arguments(*values[:8]), list(values[8:])
         lengths, modifiers, numbers = Lengths(*given.lengths), Modifiers(*given.modifiers), Numbers(*given.numbers)
         check_form(problem, given, lengths, modifiers, rest)
         left, right = (None if side >= UNBOUNDED else side for side in (numbers.window_left, numbers.window_right))
@@ -74,6 +75,9 @@ def check_form(problem, given, lengths, modifiers, rest):
     shapes = [(heads,), (batch, heads), (batch, heads_kv), (batch, heads_kv)]
     for tensor, shape in zip(modifiers[:4], shapes, strict=True):
         assert tensor is None or tensor.shape == shape
+    if takes_queue(problem, "sm_120a"):
+        ticket, sm_count = rest.pop()
+        assert ticket.dtype == torch.int32 and ticket.numel() >= 1 and (ticket == 0).all() and sm_count > 0
     assert len(rest) == problem.decode and (not rest or (rest[0] is not None) == problem.split)
     if problem.split:
         partials = Partials(*rest[0])

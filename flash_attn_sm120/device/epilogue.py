@@ -47,6 +47,46 @@ def store_output(
                 store_global_v4(glob + Int64(row) * Int64(row_stride) + Int64(col * ELEMENT_BYTES), values)
 
 
+def transposed(words: list[Int32], quad: Int32) -> list[Int32]:
+    """Of a 4 x 4 matrix whose column c lane c of each four lanes holds: the lane's row."""
+    odd, high = quad % 2 == 1, quad >= 2
+    pairs = []  # of rows 0 or 1, then of rows 2 or 3, as the lane is even or odd; from the even and the odd neighbour
+    for even_word, odd_word in (words[:2], words[2:]):
+        got = cute.arch.shuffle_sync_bfly(cutlass.select_(odd, even_word, odd_word), offset=1)
+        pairs.append([cutlass.select_(odd, got, even_word), cutlass.select_(odd, odd_word, got)])
+    low_pair, high_pair = pairs
+    own = [cutlass.select_(high, b, a) for a, b in zip(low_pair, high_pair, strict=True)]
+    other = [cutlass.select_(high, a, b) for a, b in zip(low_pair, high_pair, strict=True)]
+    got = [cute.arch.shuffle_sync_bfly(word, offset=2) for word in other]
+    left = [cutlass.select_(high, theirs, mine) for mine, theirs in zip(own, got, strict=True)]
+    right = [cutlass.select_(high, mine, theirs) for mine, theirs in zip(own, got, strict=True)]
+    return left + right
+
+
+@cute.jit
+def store_transposed(
+    tOrO: cute.Tensor,
+    factors: list,
+    glob: Int64,
+    row_stride: Int32,
+    lane: Int32,
+    rows_left: Int32,
+    dtype: cutlass.Constexpr,
+) -> None:
+    """Normalises a warp's O, rounds it and writes it in 16-byte pieces that four lanes exchange for, but no row from
+    rows_left on. glob: of the warp's first row. Takes no shared memory; O has a multiple of 32 columns."""
+    group, quad = lane // 4, lane % 4
+    for m in cutlass.range_constexpr(tOrO.shape[0]):
+        for half in cutlass.range_constexpr(2):
+            row, factor = 16 * m + 8 * half + group, factors[2 * m + half]
+            address = glob + Int64(row) * Int64(row_stride) + Int64(quad * 16)
+            for n in cutlass.range_constexpr(0, tOrO.shape[1], 4):
+                values = [[tOrO[m, n + j, 2 * half + i] * factor for i in range(2)] for j in range(4)]
+                words = transposed([pack_pair(low, high, dtype) for low, high in values], quad)
+                if row < rows_left:
+                    store_global_v4(address + n * 8 * ELEMENT_BYTES, words)
+
+
 @cute.jit
 def store_lse(
     mLSE: cute.Tensor,

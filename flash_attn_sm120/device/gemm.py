@@ -8,13 +8,16 @@ from flash_attn_sm120.device.ptx import mma_m16n8k16
 from flash_attn_sm120.device.tile import SharedMatrix
 
 
-def qk_product(tSrQ: dict, sQ: SharedMatrix, sK: SharedMatrix, tSrS: cute.Tensor, dtype: str) -> None:
-    """tSrS = Q K^T of one warp, accumulators (m_frags, tile_n / 8, 4); sQ starts at the warp's first row. tSrQ: Q by
-    (row, column) of each 16 x 16 block, where registers hold it."""
+def qk_product(tSrQ: cute.Tensor | None, sQ: SharedMatrix, sK: SharedMatrix, tSrS: cute.Tensor, dtype: str) -> None:
+    """tSrS = Q K^T of one warp, accumulators (m_frags, tile_n / 8, 4); sQ starts at the warp's first row. tSrQ
+    (m_frags, columns / 16, 4): Q's first columns, where registers hold them."""
     m_frags, n_frags, _ = tSrS.shape
     acc = [[[Float32(0.0)] * 4 for _ in range(n_frags)] for _ in range(m_frags)]
     for col in range(0, sK.layout.cols, 16):
-        a = [tSrQ.get((16 * m, col)) or sQ.load(16 * m, col) for m in range(m_frags)]
+        if tSrQ is not None and col // 16 < tSrQ.shape[1]:
+            a = [[tSrQ[m, col // 16, i] for i in range(4)] for m in range(m_frags)]
+        else:
+            a = [sQ.load(16 * m, col) for m in range(m_frags)]
         for n in range(0, n_frags, 2):
             tSrK = sK.load(8 * n, col)
             for half in range(2):

@@ -84,6 +84,8 @@ class ForwardTile:
         self.tSrS = accumulators(m_frags, plan.tile_n // 8)
         self.tOrO = accumulators(m_frags, config.layout_v.cols // 8)
         self.tOrO.fill(0.0)
+        kept = min(config.layout_q.cols, Q_COLUMNS_KEPT) if plan.q_in_registers else 0
+        self.tSrQ = cute.make_rmem_tensor((m_frags, kept // 16, 4), Int32) if kept else None
 
     def softmax_scales(self) -> list[Float32]:
         """What softmax multiplies scores by: 1 where they have got their scale before."""
@@ -130,19 +132,19 @@ class ForwardTile:
         else:
             if cutlass.const_expr(plan.hands_over_registers):
                 cute.arch.setmaxregister_increase(plan.matrix_registers)
-            self.multiply()
-            self.store(mO, mLSE)
+            self.multiply_and_store(mO, mLSE)
+
+    def multiply_and_store(self, mO: cute.Tensor, mLSE: cute.Tensor | None) -> None:
+        """A matrix warp."""
+        self.multiply()
+        self.store(mO, mLSE)
 
     @cute.jit
     def start(self, blocks: BlockRange):
         """A loading warp makes the barriers, and those that copy start with it while the others get ready."""
         if self.warp == self.config.plan.num_warps:
             if self.lane == 0:
-                cute.arch.mbarrier_init(self.q_full, self.loader.q_arrivals)
-                for stage in map(self.stage, range(self.config.plan.stages)):
-                    for name, barrier in stage.bars.items():
-                        full = name.endswith("full")
-                        cute.arch.mbarrier_init(barrier, self.loader.arrivals if full else self.config.plan.num_warps)
+                self.init_barriers()
             cute.arch.mbarrier_init_fence()
             cute.arch.sync_warp()
         if self.copies():
@@ -153,6 +155,17 @@ class ForwardTile:
         if self.thread == 0:
             self.write_note(blocks)
         cute.arch.sync_threads()
+
+    def init_barriers(self) -> None:
+        cute.arch.mbarrier_init(self.q_full, self.q_arrivals)
+        for stage in map(self.stage, range(self.config.plan.stages)):
+            for name, barrier in stage.bars.items():
+                full = name.endswith("full")
+                cute.arch.mbarrier_init(barrier, self.loader.arrivals if full else self.config.plan.num_warps)
+
+    @property
+    def q_arrivals(self) -> int:
+        return self.loader.q_arrivals
 
     @cute.jit
     def load_first(self, blocks: BlockRange):
@@ -184,7 +197,13 @@ class ForwardTile:
         """A matrix warp: the main loop on what the loading warp brings. The range of blocks is read from memory each
         time, as no register is to hold it through the products."""
         self.start_multiplying()
-        i, count = Int32(0), read_block_count(self.note)
+        self.visit_blocks(Int32(0))
+        self.stop_multiplying()
+
+    @cute.jit
+    def visit_blocks(self, i: Int32):
+        """The tile's blocks, the first of which is the i-th. Returns the number behind the last."""
+        count = read_block_count(self.note)
         while i < self.count_anew(count):
             blocks, stage = read_blocks(self.note), self.stage(i)
             stage.wait_for_k()
@@ -197,16 +216,21 @@ class ForwardTile:
             else:
                 self.block(n, i, False)
             i = i + 1
-        self.stop_multiplying()
+        return i
 
     def start_multiplying(self) -> None:
         """Waits for Q."""
         cute.arch.mbarrier_wait(self.q_full, 0)
+        self.take_q()
+
+    def take_q(self) -> None:
+        """What is to be done with Q before the first block."""
         if self.config.q_to_f16:
             self.convert_q()
         self.softmax.start(self.softmax_scales())
         self.slope = self.load_slope() if self.config.problem.alibi else None
-        self.tSrQ = self.keep_q() if self.config.plan.q_in_registers else {}
+        if self.config.plan.q_in_registers:
+            self.keep_q()
 
     def stop_multiplying(self) -> None:
         """O takes the place of the warp's Q, or, where it has another form, of what other warps may still read."""
@@ -254,12 +278,12 @@ class ForwardTile:
         stage.wait_for_v()
         self.arrive(stage.bars["v_free"], None)
 
-    def keep_q(self) -> dict[tuple[int, int], list[Int32]]:
+    def keep_q(self) -> None:
         """Q in registers: reading it anew for each block would bind where a warp has 16 rows."""
         sQ = self.config.layout_q.matrix(self.q_rows, self.lane)
-        kept = min(self.config.layout_q.cols, Q_COLUMNS_KEPT)
-        places = itertools.product(range(0, self.config.warp_rows, 16), range(0, kept, 16))
-        return {(row, col): sQ.load(row, col) for row, col in places}
+        for m, c in itertools.product(*map(range, self.tSrQ.shape[:2])):
+            for i, pair in enumerate(sQ.load(16 * m, 16 * c)):
+                self.tSrQ[m, c, i] = pair
 
     def block(self, n: Int32, i: Int32, masked: bool, modded: bool = True) -> None:
         """Once K is there. masked: some of its places may not be seen; modded: mask_mod is asked."""
@@ -374,7 +398,7 @@ class ForwardTile:
     def store(self, mO: cute.Tensor, mLSE: cute.Tensor | None) -> None:
         """Rows beyond the used length but inside the sequence's room become 0 and -inf."""
         config = self.config
-        problem, layout = config.problem, config.layout_o
+        problem = config.problem
         first_row, head, batch, seq_q = read_tile_note(self.note, problem.packed_q)
         row = first_row + self.warp_row
         constant = -0.5 * self.cap_scale if problem.softcap else 0.0
@@ -387,14 +411,20 @@ class ForwardTile:
             factors = [factor * descale for factor in factors]
         if problem.dropout:
             factors = [factor * self.modifiers.dropout.factor for factor in factors]
+        address, stride = head_address(mO, seq_q, head, problem.packed_q)
+        glob = address + Int64(row) * Int64(stride)
+        rows_left = seq_q.room - row
+        self.store_rows(factors, glob, stride, rows_left)
+        if mLSE is not None:
+            place = (head, batch, seq_q.start, row)
+            store_lse(mLSE, problem.packed_q, *place, lses, self.lane, rows_left)
+
+    def store_rows(self, factors: list[Float32], glob: Int64, stride: Int32, rows_left: Int32) -> None:
+        """The warp's O, times `factors`, by way of shared memory; glob: of its first row."""
+        config, layout = self.config, self.config.layout_o
         shared = self.shared + self.warp_row * layout.row_bytes
         cute.arch.sync_warp()
         stage_output(layout, shared, self.tOrO, factors, self.lane, config.dtype)
         cute.arch.sync_warp()
-        address, stride = head_address(mO, seq_q, head, problem.packed_q)
-        glob = address + Int64(row) * Int64(stride)
-        rows_left = seq_q.room - row
-        store_output(layout, shared, config.warp_rows, glob, stride, self.lane, rows_left, problem.head_dim_v)
-        if mLSE is not None:
-            place = (head, batch, seq_q.start, row)
-            store_lse(mLSE, problem.packed_q, *place, lses, self.lane, rows_left)
+        cols = config.problem.head_dim_v
+        store_output(layout, shared, config.warp_rows, glob, stride, self.lane, rows_left, cols)

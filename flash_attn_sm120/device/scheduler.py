@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import cutlass
-from cutlass import Int32, cute
+from cutlass import Int32, Int64, cute
 
 from flash_attn_sm120.device.block_range import BlockRange
-from flash_attn_sm120.device.ptx import load_shared_v4, store_shared_b32
+from flash_attn_sm120.device.ptx import load_shared_v4, store_shared_b32, take_ticket
 from flash_attn_sm120.device.seqlen import Sequence, clamp
 
 L2_BYTES_FOR_KV = 16 << 20  # of the 24 MB that the smallest chip of the family has
@@ -22,6 +23,30 @@ class Tile:
     head: Int32
     batch: Int32
     valid: cutlass.Boolean
+
+
+@dataclass(frozen=True)
+class TileQueue:
+    """Tiles 0 <= index < count. The first `blocks` of them are the thread blocks' own, that of this one `first`; the
+    others go to who asks next.
+
+    locate: index -> (Tile, BlockRange). ticket: address of a counter of the questions, which come to `count` in all,
+    one for each tile that a block had; the last one leaves it at 0."""
+
+    locate: Callable
+    count: Int32
+    first: Int32
+    blocks: Int32
+    ticket: Int64
+
+    @cute.jit
+    def next(self, lane: Int32):
+        """Index of the block's next tile, at least `count` where there is none; asked by a warp when the one before is
+        about to be done, as who asks early takes a tile that others could have begun."""
+        ticket = Int32(0)
+        if lane == 0:
+            ticket = take_ticket(self.ticket, self.count - 1)
+        return self.blocks + cute.arch.shuffle_sync(ticket, 0)
 
 
 def write_tile_note(

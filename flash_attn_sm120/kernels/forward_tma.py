@@ -7,13 +7,14 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+import cutlass
 from cutlass import Int32, cute
 
-from flash_attn_sm120.arguments import Lengths, Modifiers, Numbers
-from flash_attn_sm120.device.block_range import block_range
+from flash_attn_sm120.arguments import Lengths, Modifiers, Numbers, Queue
+from flash_attn_sm120.device.block_range import BlockRange, block_range
 from flash_attn_sm120.device.load_tma import tile_maps
-from flash_attn_sm120.device.mainloop import ForwardTile
-from flash_attn_sm120.device.scheduler import dense_tile, heads_in_l2
+from flash_attn_sm120.device.mainloop_persistent import PersistentTile
+from flash_attn_sm120.device.scheduler import Tile, TileQueue, dense_tile, heads_in_l2
 from flash_attn_sm120.device.seqlen import sequences
 from flash_attn_sm120.device.softmax import in_base_2
 from flash_attn_sm120.kernels.forward import FlashAttentionForwardSm80
@@ -43,6 +44,7 @@ class FlashAttentionForwardSm120Tma(FlashAttentionForwardSm80):
         lengths: Lengths,
         modifiers: Modifiers,
         numbers: Numbers,
+        queue: Queue,
         stream,
     ):
         """q, out (batch, seqlen_q, heads, d); k, v (batch, seqlen_k, heads_kv, d); lse (batch, heads, seqlen_q)."""
@@ -51,8 +53,9 @@ class FlashAttentionForwardSm120Tma(FlashAttentionForwardSm80):
         group = heads_in_l2(heads // mK.shape[2], mK.shape[1], 2 * (problem.head_dim + problem.head_dim_v))
         maps = tile_maps((mQ, mK, mV), (self.layout_q, self.layout_k, self.layout_v))
         tiles = cute.ceil_div(mQ.shape[1], plan.tile_m) * heads * mQ.shape[0]
-        self.kernel(mQ, mK, mV, *maps, mO, mLSE, modifiers, in_base_2(problem, numbers), group).launch(
-            grid=(tiles, 1, 1), block=(self.num_threads, 1, 1), smem=plan.smem_bytes,
+        blocks = cutlass.min(tiles, queue.sm_count * plan.blocks_per_sm)
+        self.kernel(mQ, mK, mV, *maps, mO, mLSE, modifiers, in_base_2(problem, numbers), group, queue.ticket).launch(
+            grid=(blocks, 1, 1), block=(self.num_threads, 1, 1), smem=plan.smem_bytes,
             stream=stream, min_blocks_per_mp=plan.blocks_per_sm, preferred_smem_carveout=100,
         )  # fmt: skip
 
@@ -73,15 +76,24 @@ class FlashAttentionForwardSm120Tma(FlashAttentionForwardSm80):
         modifiers: Modifiers,
         numbers: Numbers,
         group: Int32,
+        mTicket: cute.Tensor,
     ):
         problem, plan = self.problem, self.plan
-        block, _, _ = cute.arch.block_idx()
-        heads = mQ.shape[2]
-        tile = dense_tile(block, cute.ceil_div(mQ.shape[1], plan.tile_m), heads, mQ.shape[0], group)
-        seq_q, seq_k, total_k = sequences(problem, mQ, mK, Lengths(), tile.batch)
-        of_keys = (seq_k.length, total_k)
-        blocks = block_range(problem, tile.m_block, plan.tile_m, plan.tile_n, seq_q.length, *of_keys, numbers)
+        heads, m_blocks = mQ.shape[2], cute.ceil_div(mQ.shape[1], plan.tile_m)
+        seq_q, seq_k, total_k = sequences(problem, mQ, mK, Lengths(), Int32(0))
+
+        def locate(index: Int32) -> tuple[Tile, BlockRange]:
+            tile = dense_tile(index, m_blocks, heads, mQ.shape[0], group)
+            of_keys = (seq_k.length, total_k)
+            return tile, block_range(
+                problem, tile.m_block, plan.tile_m, plan.tile_n, seq_q.length, *of_keys, numbers
+            )
+
+        index, _, _ = cute.arch.block_idx()
+        blocks, _, _ = cute.arch.grid_dim()
+        queue = TileQueue(locate, m_blocks * heads * mQ.shape[0], index, blocks, mTicket.iterator.toint())
         heads_per_kv = heads // mK.shape[2]
-        work = ForwardTile(self, tile, seq_q, seq_k, total_k, modifiers, numbers, heads_per_kv)
+        tile = Tile(Int32(0), Int32(0), Int32(0), cutlass.Boolean(True))
+        work = PersistentTile(self, tile, seq_q, seq_k, total_k, modifiers, numbers, heads_per_kv)
         maps = (atom_q, gQ, atom_k, gK, atom_v, gV)
-        work.run(self.tma_loader(maps, (mQ, mK, mV), tile, heads_per_kv), blocks, mO, mLSE)
+        work.run(self.tma_loader(maps, (mQ, mK, mV), tile, heads_per_kv), queue, mO, mLSE)

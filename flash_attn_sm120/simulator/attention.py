@@ -7,7 +7,15 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from flash_attn_sm120.arguments import Arguments, ClassifyArguments, CombineArguments, Lengths, Modifiers, Numbers
+from flash_attn_sm120.arguments import (
+    Arguments,
+    ClassifyArguments,
+    CombineArguments,
+    Lengths,
+    Modifiers,
+    Numbers,
+    Queue,
+)
 from flash_attn_sm120.problem import ClassifyProblem, CombineProblem
 
 from .launch import Simulation, active, launch, simulation
@@ -44,9 +52,10 @@ def load(problem: Problem, arch: str | None = None) -> Callable[..., None]:
         arguments = given._replace(
             lengths=lengths, modifiers=Modifiers(*given.modifiers), numbers=Numbers(*given.numbers)
         )
-        partials = [None if part is None else _Partials(*part) for part in rest]
+        name, kind = ("partials", _Partials) if problem.decode else ("queue", Queue)
+        partials = [None if part is None else kind(*part) for part in rest]
         outputs = _outputs(given.out, given.lse, lengths.cu_seqlens_q)
-        launch(kernel, (*arguments, *partials), names=(*Arguments._fields, "partials")[: len(values)], outputs=outputs)
+        launch(kernel, (*arguments, *partials), names=(*Arguments._fields, name)[: len(values)], outputs=outputs)
 
     def run_combine(*values: Any) -> None:
         given = CombineArguments(*values)
