@@ -10,7 +10,7 @@ from cutlass import Boolean, Float32, Int32, cute
 from cutlass.cute.runtime import make_fake_stream, make_fake_tensor
 
 from flash_attn_sm120 import simulator
-from flash_attn_sm120.mods.parts import vector
+from flash_attn_sm120.device.mods import vector
 
 DTYPES = {
     torch.float32: Float32,
