@@ -24,7 +24,7 @@ class Dropout(NamedTuple):
     """Which weights are dropped, and what the others are multiplied by."""
 
     seed: Any  # (2,) int64, 32 bits each
-    threshold: Any  # of dropout.threshold, int32
+    threshold: Any  # of dropout.thresholds, int32
     carry: Any  # likewise
     factor: Any  # float32
 
