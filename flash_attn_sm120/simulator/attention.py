@@ -21,7 +21,9 @@ def artifact(problem: Problem, arch: str) -> Any:
     """The problem's kernel as dispatch and compile make it, with its PTX kept."""
     from flash_attn_sm120.compile import build_best
 
-    return build_best(problem, arch, keep=True)[0]
+    built, _ = build_best(problem, arch, keep=True)
+    built.with_lines = functools.cache(lambda: build_best(problem, arch, keep=True, lines=True)[0])
+    return built
 
 
 class _Partials(NamedTuple):
