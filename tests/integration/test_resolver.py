@@ -10,9 +10,10 @@ import sys
 from pathlib import Path
 
 import pytest
+import vllm_pins
 
 ROOT = Path(__file__).parents[2]
-PINS = {"nvidia-cutlass-dsl": "4.8.0", "apache-tvm-ffi": "0.1.11", "torch": "2.14.0", "quack-kernels": "0.6.5"}
+PINS = {name: version for name, (version, _) in vllm_pins.PINS.items()}
 # An index may be days behind the floor that vLLM gives its certificates, which have no part in this.
 OVERRIDE = "certifi\n"
 WHERE = ("--python-version", "3.12", "--python-platform", "x86_64-manylinux_2_28")
