@@ -16,7 +16,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-from forward import Cell, launcher, ours
+from forward import Cell, launcher, ours, queue_for
 from sm120_mode import padded_smem
 from timing import median_ms
 
@@ -74,10 +74,11 @@ def call_of(cell: Cell, problem, changes, plan: Plan, occupancy: str) -> Callabl
     fields = kernel_fields(changes, cell.batch, cell.heads, torch.device("cuda"))
     modifiers = Modifiers(None, None, None, None, *fields)
     numbers = Numbers(1 / math.sqrt(cell.head_dim))
+    queue = queue_for(plan)
 
     def call(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
         out = torch.empty((*q.shape[:-1], v.shape[-1]), dtype=q.dtype, device=q.device)
-        launch(*Arguments(q, k, v, out, modifiers=modifiers, numbers=numbers))
+        launch(*Arguments(q, k, v, out, modifiers=modifiers, numbers=numbers), *queue)
         return out
 
     return call

@@ -120,8 +120,10 @@ def _call(cell: Cell, plan: Plan, occupancy: str, target: str) -> Callable:
 
 def queue_for(plan: Plan) -> tuple:
     """What a launcher of the plan takes after Arguments."""
-    if not plan.turn_bytes:
+    if plan.kernel != "forward_tma":
         return ()
+    if not plan.persistent:
+        return (None,)
     device = torch.device("cuda", 0)
     return (Queue(tickets(1, device), sm_count(device)),)
 

@@ -48,7 +48,7 @@ def main() -> None:
     }
     launcher = load(AttentionProblem("bfloat16", 128, 128), target_of(torch.cuda.get_device_capability()))
     arguments = Arguments(q, q, q, out, numbers=Numbers(0.1))
-    calls["the launcher alone"] = lambda: launcher(*arguments)
+    calls["the launcher alone"] = lambda: launcher(*arguments, None)
     longer = torch.randn(1, 5000, 2, 128, device="cuda", dtype=torch.bfloat16)
     lengths = itertools.count(1)
 

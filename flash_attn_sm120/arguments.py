@@ -78,7 +78,8 @@ class Arguments(NamedTuple):
 
 
 class Queue(NamedTuple):
-    """How the thread blocks of a launch share its tiles. A launcher whose plan has a queue takes it after Arguments."""
+    """How the thread blocks of a launch share its tiles. A launcher of the TMA kernel takes it after Arguments, or None
+    where its plan isn't persistent."""
 
     ticket: Any  # (at least 1,) int32, 0 before a launch and after
     sm_count: Any  # multiprocessors of the GPU

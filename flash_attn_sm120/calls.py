@@ -58,7 +58,8 @@ class Call(NamedTuple):
     lse_rows: tuple[int, ...] = ()  # shape that lse has, asked for or not
     tickets: int = 0  # of a split launch
     slots: int = 0  # likewise
-    sm_count: int = 0  # of arguments.Queue, for a launcher that takes one
+    takes_queue: bool = False  # the launcher takes an arguments.Queue, or None where sm_count is 0
+    sm_count: int = 0
     batch: int = 0
     heads: int = 0
 

@@ -101,8 +101,8 @@ def build(problem: Problem, plan: Plan | None, arch: str, keep: bool = False, li
             options += " --generate-line-info"
         signature = {CombineProblem: _combine_signature, ClassifyProblem: _classify_signature}
         arguments = signature.get(type(problem), _signature)(problem)
-        if plan is not None and plan.turn_bytes:
-            arguments += (Queue(_rows(Int32, 1), Int32(0)),)
+        if plan is not None and plan.kernel == "forward_tma":
+            arguments += (Queue(_rows(Int32, 1), Int32(0)) if plan.persistent else None,)
         return cute.compile(kernel, *arguments, make_fake_stream(use_tvm_ffi_env_stream=True), options=options)
 
 

@@ -50,7 +50,12 @@ class Plan:
     stages: int = 1
     way: str = ""  # of loading, in prefill
     note_bytes: int = TILE_NOTE_BYTES
-    turn_bytes: int = 0  # of the word that says which of its tiles a block is at; 0: a block has one tile
+    turn_bytes: int = 0  # of the word that says which of its tiles a block is at
+
+    @property
+    def persistent(self) -> bool:
+        """Whether a thread block takes one tile after another. All of a problem's candidates agree."""
+        return self.turn_bytes > 0
 
     @property
     def hands_over_registers(self) -> bool:
@@ -75,7 +80,7 @@ class Plan:
 @dataclass(frozen=True, slots=True)
 class TileRow:
     """A row of a tile table: serves head dims up to (head_dim, head_dim_v) with one of `masks` and one of the `ways` of
-    loading, and those of MODIFIERS that `modifiers` names."""
+    loading, and those of MODIFIERS that `modifiers` names. persistent: a thread block takes one tile after another."""
 
     head_dim: int
     head_dim_v: int
@@ -88,6 +93,7 @@ class TileRow:
     copying_warps: int = 1
     masks: tuple[str, ...] = MASKS
     ways: tuple[str, ...] = WAYS
+    persistent: bool = False
     modifiers: tuple[str, ...] = MODIFIERS
 
     def serves(self, problem: AttentionProblem, way: str) -> bool:
@@ -129,7 +135,20 @@ FORWARD_TILES = (
     *(row for rows in zip(FP8_TILES, COMMON_TILES[2:], strict=True) for row in rows),
     *NARROW_TILES,
 )
-FORWARD_TMA_TILES = (*COMMON_TILES[:2], LARGEST, *COMMON_TILES[2:], NARROW_TILES[-1])
+# The end of a tile and the start of the next cost 5 us one behind the other, so thread blocks stay, but where the loop
+# that they then have costs more: head_dim 64 and 128 without a mask. Evidence: benchmarks/NOTES.md, "One tile after
+# another".
+SMALLEST, SMALL, MIDDLE, *LARGE = COMMON_TILES
+FORWARD_TMA_TILES = (
+    replace(SMALLEST, persistent=True, masks=("causal", "local")),
+    SMALLEST,
+    replace(SMALL, persistent=True),
+    replace(LARGEST, persistent=True, masks=("causal",)),
+    LARGEST,
+    MIDDLE,
+    *(replace(row, persistent=True) for row in (*LARGE, NARROW_TILES[-1])),
+    NARROW_TILES[-1],
+)
 TILES = {"forward": FORWARD_TILES, "forward_tma": FORWARD_TMA_TILES}
 # A thread's registers once they have changed hands, loading and matrix, by way of loading, matrix warps and tile_n:
 # together what the equal shares of the launch had.
@@ -222,11 +241,6 @@ def can_implement(kernel: str, problem: AttentionProblem, arch: str) -> bool:
     return fits_tensor_maps(problem, arch)
 
 
-def takes_queue(problem: AttentionProblem, arch: str) -> bool:
-    """Whether the problem's launcher takes an arguments.Queue."""
-    return choose(problem, arch).turn_bytes > 0
-
-
 def compute_capability(arch: str) -> int:
     """Of a target such as "sm_120a": its major number."""
     return int("".join(filter(str.isdigit, arch))) // 10
@@ -249,7 +263,9 @@ def plans_for(kernel: str, problem: AttentionProblem, arch: str = "sm_120a") -> 
     plans, least = [], None
     for row in rows:
         scores = row.tile_m * row.tile_n // row.num_warps
-        if row.serves(problem, way) and (least is None or scores < least):
+        if not row.serves(problem, way) or (plans and row.persistent != plans[0].persistent):
+            continue  # one problem's plans take the same arguments
+        if least is None or scores < least:
             plans.append(_plan_of(row, kernel, problem, way, arch))
             least = scores
     return plans
@@ -262,7 +278,7 @@ def hands_over_registers(arch: str) -> bool:
 
 def _plan_of(row: TileRow, kernel: str, problem: AttentionProblem, way: str, arch: str) -> Plan:
     tile = (row.tile_m, row.tile_n, row.num_warps, row.blocks_per_sm)
-    turn_bytes = TURN_BYTES if kernel == "forward_tma" else 0
+    turn_bytes = TURN_BYTES if row.persistent else 0
     smem = smem_bytes(problem, row) + turn_bytes
     plan = Plan(kernel, *tile, smem, row.q_in_registers, stages=row.stages, way=way, turn_bytes=turn_bytes)
     copying_warps = FP8_COPYING_WARPS if way == "fp8" else row.copying_warps

@@ -351,8 +351,8 @@ def _launch(
         modifiers = (*[way(given) for way, given in zip(call.modifiers, tensors[6:], strict=True)], None, None, None)
     if changes is not None:
         modifiers = (*modifiers[:4], *kernel_fields(changes, call.batch, call.heads, q.device))
-    if call.sm_count:
-        queue = (tickets(1, q.device), call.sm_count)
+    if call.takes_queue:
+        queue = (tickets(1, q.device), call.sm_count) if call.sm_count else None
         call.launcher(q, k, v, out, lse, lengths, modifiers, call.numbers, queue)
         return
     if not call.num_splits:

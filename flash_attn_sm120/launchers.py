@@ -53,9 +53,9 @@ def target(index: int) -> str:
     return found
 
 
-def takes_queue(problem: AttentionProblem, device: torch.device) -> bool:
-    """Whether the problem's launcher on this device takes an arguments.Queue."""
-    return dispatch.takes_queue(problem, target(device.index) if device.type == "cuda" else SIMULATED)
+def plan_of(problem: AttentionProblem, device: torch.device) -> dispatch.Plan:
+    """The first of the problem's plans on this device."""
+    return dispatch.choose(problem, target(device.index) if device.type == "cuda" else SIMULATED)
 
 
 def sm_count(device: torch.device) -> int:

@@ -47,7 +47,7 @@ def prepare(
     if batch == 0 or q.shape[0 if packed_q else 1] == 0:
         launchers.check_device(q.device)
     else:
-        launcher = launchers.load(problem, q.device)
+        launcher, plan = launchers.load(problem, q.device), launchers.plan_of(problem, q.device)
     return Call(
         launcher,
         out_shape,
@@ -63,7 +63,8 @@ def prepare(
         lse_rows=lse_shape,
         tickets=cut.tickets,
         slots=cut.slots,
-        sm_count=launchers.sm_count(q.device) if launchers.takes_queue(problem, q.device) else 0,
+        takes_queue=launcher is not None and plan.kernel == "forward_tma",
+        sm_count=launchers.sm_count(q.device) if launcher is not None and plan.persistent else 0,
         batch=batch,
         heads=heads,
     )

@@ -5,7 +5,7 @@ import torch
 from flash_attn_sm120 import reference
 from flash_attn_sm120.arguments import Arguments, CombineArguments, Lengths, Modifiers, Numbers, Partials
 from flash_attn_sm120.checks import UNBOUNDED
-from flash_attn_sm120.dispatch import takes_queue
+from flash_attn_sm120.dispatch import choose
 from flash_attn_sm120.dropout import BITS
 from flash_attn_sm120.problem import AttentionProblem, CombineProblem
 
@@ -75,8 +75,11 @@ def check_form(problem, given, lengths, modifiers, rest):
     shapes = [(heads,), (batch, heads), (batch, heads_kv), (batch, heads_kv)]
     for tensor, shape in zip(modifiers[:4], shapes, strict=True):
         assert tensor is None or tensor.shape == shape
-    if takes_queue(problem, "sm_120a"):
-        ticket, sm_count = rest.pop()
+    plan = choose(problem, "sm_120a")
+    queue = rest.pop() if plan.kernel == "forward_tma" else None
+    assert (queue is not None) == plan.persistent
+    if queue is not None:
+        ticket, sm_count = queue
         assert ticket.dtype == torch.int32 and ticket.numel() >= 1 and (ticket == 0).all() and sm_count > 0
     assert len(rest) == problem.decode and (not rest or (rest[0] is not None) == problem.split)
     if problem.split:

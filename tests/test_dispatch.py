@@ -3,6 +3,7 @@
 import itertools
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 
@@ -12,6 +13,14 @@ from flash_attn_sm120.problem import SPARSE_UNITS, AttentionProblem
 from flash_attn_sm120.variants import changed_variants, variants
 
 HEAD_DIMS = range(8, 257, 8)
+
+
+def is_narrow(row):
+    return replace(row, persistent=False) in NARROW_TILES
+
+
+def is_common(row):
+    return replace(row, persistent=False) in COMMON_TILES
 
 
 ROWS = [(kernel, row) for kernel, rows in TILES.items() for row in rows]
@@ -28,10 +37,10 @@ def test_every_head_dim_fits_shared_memory_as_the_plan_says(kernel):
 @pytest.mark.parametrize("kernel, row", ROWS, ids=lambda x: x if isinstance(x, str) else f"{x.head_dim}-{x.head_dim_v}")
 def test_every_tile_gives_two_matrix_warps_a_sub_partition(kernel, row):
     features = {"kv_dtype": "float8_e4m3fn" if row.ways == ("fp8",) else "", "mask": row.masks[0]}
-    if row in NARROW_TILES:
+    if is_narrow(row):
         features["sparse_block"] = (row.tile_m, max(row.tile_n, SPARSE_UNITS[1]))
     plan = plan_for(kernel, AttentionProblem("bfloat16", row.head_dim, row.head_dim_v, **features))
-    assert (plan.tile_m, plan.stages) == (row.tile_m, row.stages) or row in COMMON_TILES
+    assert (plan.tile_m, plan.stages) == (row.tile_m, row.stages) or is_common(row)
     assert plan.blocks_per_sm * plan.num_warps >= 2 * SUB_PARTITIONS
     warps = plan.num_warps + plan.loading_warps
     share = REGISTERS // (plan.blocks_per_sm * warps * 32) // 8 * 8
@@ -51,7 +60,7 @@ def test_a_block_has_its_registers_where_they_cannot_change_hands(head_dim, kv_d
 
 @pytest.mark.parametrize("kernel", TILES)
 def test_the_tables_are_searched_from_small_to_large(kernel):
-    narrow = [row for row in TILES[kernel] if row in NARROW_TILES]
+    narrow = [row for row in TILES[kernel] if is_narrow(row)]
     for rows in ([row for row in TILES[kernel] if row not in narrow], narrow):
         dims = [(row.head_dim, row.head_dim_v) for row in rows]
         assert dims == sorted(dims)
@@ -134,3 +143,14 @@ def test_the_problem_refuses_what_no_kernel_is_for():
     for wrong in ({"dtype": "float32"}, {"head_dim": 12}, {"head_dim_v": 264}, {"head_dim": 0}, {"mask": "diagonal"}):
         with pytest.raises(ValueError, match=f"{next(iter(wrong))}: expected"):
             AttentionProblem(**{"dtype": "bfloat16", "head_dim": 64, "head_dim_v": 64, **wrong})
+
+
+def test_all_plans_of_a_problem_take_the_same_arguments():
+    for problem in (*variants(), *changed_variants()):
+        plans = candidates(problem)
+        assert len({(plan.kernel, plan.persistent) for plan in plans}) == 1, problem
+    shapes = itertools.product((64, 96, 128, 192, 256), ("full", "causal", "local"))
+    persistent = {(d, mask) for d, mask in shapes if choose(AttentionProblem("bfloat16", d, d, mask)).persistent}
+    assert {(64, "causal"), (96, "full"), (128, "causal"), (256, "full")} <= persistent
+    assert persistent.isdisjoint({(64, "full"), (128, "full")})
+    assert not choose(AttentionProblem("bfloat16", 64, 64, "causal", packed_q=True, packed_k=True)).persistent

@@ -197,26 +197,35 @@ class ForwardTile:
         """A matrix warp: the main loop on what the loading warp brings. The range of blocks is read from memory each
         time, as no register is to hold it through the products."""
         self.start_multiplying()
-        self.visit_blocks(Int32(0))
-        self.stop_multiplying()
-
-    @cute.jit
-    def visit_blocks(self, i: Int32):
-        """The tile's blocks, the first of which is the i-th. Returns the number behind the last."""
-        count = read_block_count(self.note)
+        i, count = Int32(0), read_block_count(self.note)
         while i < self.count_anew(count):
             blocks, stage = read_blocks(self.note), self.stage(i)
             stage.wait_for_k()
-            n = blocks.end - 1 - i
+            self.visit(blocks, blocks.end - 1 - i, i)
+            i = i + 1
+        self.stop_multiplying()
+
+    @cute.jit
+    def visit(self, blocks: BlockRange, n: Int32, i: Int32):
+        """Block n, the i-th. ptxas gives the body that stands first the better registers."""
+        if cutlass.const_expr(self.config.problem.mask == "full"):
+            if (n < blocks.right_edge) & (n >= blocks.left_edge):
+                self.block(n, i, False)
+            else:
+                self.visit_edge(n, i)
+        else:
             if (n >= blocks.right_edge) | (n < blocks.left_edge):
-                if self.sees(n):
-                    self.block(n, i, True)
-                else:
-                    self.skip(i)
+                self.visit_edge(n, i)
             else:
                 self.block(n, i, False)
-            i = i + 1
-        return i
+
+    @cute.jit
+    def visit_edge(self, n: Int32, i: Int32):
+        """A block that needs a mask, for a warp that may see none of it."""
+        if self.sees(n):
+            self.block(n, i, True)
+        else:
+            self.skip(i)
 
     def start_multiplying(self) -> None:
         """Waits for Q."""
@@ -322,8 +331,13 @@ class ForwardTile:
         tOrP = self.softmax.update(self.tSrS, self.tOrO, config.mma_dtype)
         if config.problem.dropout:
             tOrP = self.dropper(self.number_anew(i)).drop(tOrP)
-        sV = config.layout_v.matrix(shared, self.lane, config.offset_v)
+        sV = config.layout_v.matrix(shared, self.lane_of_v, config.offset_v)
         pv_product(sV, tOrP, self.tOrO, config.mma_dtype)
+
+    @property
+    def lane_of_v(self) -> Int32:
+        """The lane, for V's addresses."""
+        return self.lane
 
     def number_anew(self, i: Int32) -> Int32:
         """Of the i-th block, from memory, so that no register holds it through the products."""

@@ -1,4 +1,4 @@
-"""A thread block that works on one Q tile after another: the next one's first loads run under the end of the one before.
+"""A thread block that works on one Q tile after another; a tile's first loads run under the end of the one before.
 
 Which tile comes next is asked of a counter in global memory, so that blocks that got short tiles take more of them.
 """
@@ -22,8 +22,8 @@ STOP = -1  # in place of a turn: there is no tile left
 class PersistentTile(ForwardTile):
     """A ForwardTile for a loader with one stage, and dense inputs, whose lengths are those of every tile.
 
-    i counts a thread block's KV blocks through all of its tiles, as the phases of the barriers do; BlockRange.end in the
-    note has the blocks of the tiles before added. `turn` counts the tiles. q_full says that Q and the note are there.
+    i counts a thread block's KV blocks through all of its tiles, as the phases of the barriers do, and BlockRange.end
+    in the note has those of the tiles before added. `turn` counts the tiles. q_full says that Q and the note are there.
     """
 
     def run(self, loader, queue: TileQueue, mO: cute.Tensor, mLSE: cute.Tensor | None) -> None:
@@ -120,20 +120,31 @@ class PersistentTile(ForwardTile):
 
     @cute.jit
     def multiply_and_store(self, mO: cute.Tensor, mLSE: cute.Tensor | None):
-        """A matrix warp: all tiles."""
+        """A matrix warp: all tiles, in one loop over all of their blocks, as ptxas needs more registers for two."""
         cute.arch.mbarrier_wait(self.q_full, 0)
+        self.take_q()
         i = Int32(0)
         while self.has_work():
-            self.take_q()
-            self.tOrO.fill(0.0)
-            i = self.visit_blocks(i)
-            self.store(mO, mLSE)
-            following = self.read_turn() + 1
-            self.arrive(self.done, None)
-            cute.arch.mbarrier_wait(self.q_full, following & 1)
+            blocks, stage = read_blocks(self.note), self.stage(i)
+            if i < blocks.end - blocks.begin:
+                stage.wait_for_k()
+                self.visit(blocks, blocks.end - 1 - i, i)
+                i = i + 1
+            else:
+                self.store(mO, mLSE)
+                following = self.read_turn() + 1
+                self.arrive(self.done, None)
+                cute.arch.mbarrier_wait(self.q_full, following & 1)
+                self.take_q()
+                self.tOrO.fill(0.0)
 
     def has_work(self) -> cutlass.Boolean:
         return self.read_turn() != STOP
+
+    @property
+    def lane_of_v(self) -> Int32:
+        """Read anew where no register is left to hold V's addresses."""
+        return self.lane if self.is_roomy else lane_anew()
 
     def store_rows(self, factors: list[Float32], glob: Int64, stride: Int32, rows_left: Int32) -> None:
         """By way of the warp's lanes alone, as shared memory fills with the next tile."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from cutlass import Boolean, Float32, Int32, Int64
+from cutlass import Float32, Int32, Int64
 from cutlass._mlir import ir
 from cutlass._mlir.dialects import llvm
 from cutlass.cutlass_dsl import T, dsl_user_op
@@ -131,14 +131,6 @@ def mbarrier_arrive_after(
     there = "".join(f"mov.b32 x, ${i + 1}; setp.ne.and.b32 p, x, {SIGNALLING_NAN}, p; " for i in range(len(results)))
     text = f"{{ .reg .pred p; .reg .b32 x; {lane} {there}@p mbarrier.arrive.shared.b64 _, [$0]; }}"
     _asm(None, operands, text, constraints, volatile=True, loc=loc, ip=ip)
-
-
-@dsl_user_op
-def any_lane(condition: Boolean, *, loc=None, ip=None) -> Boolean:
-    """Whether any lane of the warp says so."""
-    operand = Int32(condition).ir_value(loc=loc, ip=ip)
-    text = "redux.sync.or.b32 $0, $1, 0xffffffff;"
-    return Int32(_asm(T.i32(), [operand], text, "=r,r", volatile=False, loc=loc, ip=ip)) != 0
 
 
 @dsl_user_op
