@@ -36,6 +36,7 @@ from flash_attn_sm120.device.scheduler import (
 from flash_attn_sm120.device.seqlen import Sequence, head_address
 from flash_attn_sm120.device.softmax import OnlineSoftmax, apply_softcap
 from flash_attn_sm120.device.stage import Stage, stage_of
+from flash_attn_sm120.device.tile import SharedMatrix
 from flash_attn_sm120.device.visible import is_band, visible_columns
 from flash_attn_sm120.dispatch import TILE_NOTE_BYTES
 
@@ -277,8 +278,12 @@ class ForwardTile:
         each pair of blocks one, as a read serves two."""
         cute.arch.sync_warp()
         read = [] if results is None else [results[0, n, 0] for n in range(0, results.shape[1], 2)]
-        elected = self.config.plan.hands_over_registers
-        mbarrier_arrive_after(barrier.toint(), read, None if elected else Int32(self.lane == 0))
+        mbarrier_arrive_after(barrier.toint(), read, None if self.elects else Int32(self.lane == 0))
+
+    @property
+    def elects(self) -> bool:
+        """Whether the chip chooses the lane that arrives."""
+        return self.config.plan.hands_over_registers
 
     def skip(self, i: Int32) -> None:
         """In place of block."""
@@ -289,7 +294,7 @@ class ForwardTile:
 
     def keep_q(self) -> None:
         """Q in registers: reading it anew for each block would bind where a warp has 16 rows."""
-        sQ = self.config.layout_q.matrix(self.q_rows, self.lane)
+        sQ = self.matrix_q()
         for m, c in itertools.product(*map(range, self.tSrQ.shape[:2])):
             for i, pair in enumerate(sQ.load(16 * m, 16 * c)):
                 self.tSrQ[m, c, i] = pair
@@ -314,8 +319,11 @@ class ForwardTile:
     def scores(self, shared: Int32) -> None:
         config = self.config
         sK = config.layout_k.matrix(shared, self.lane, config.offset_k, rows_first=False)
-        sQ = config.layout_q.matrix(self.q_rows, self.lane)
-        qk_product(self.tSrQ, sQ, sK, self.tSrS, config.mma_dtype)
+        qk_product(self.tSrQ, self.matrix_q(), sK, self.tSrS, config.mma_dtype)
+
+    def matrix_q(self) -> SharedMatrix:
+        """The warp's rows."""
+        return self.config.layout_q.matrix(self.q_rows, self.lane)
 
     def accumulate(self, shared: Int32, n: Int32, i: Int32, masked: bool, modded: bool, place: Place | None) -> None:
         """place: for mods."""
@@ -331,13 +339,8 @@ class ForwardTile:
         tOrP = self.softmax.update(self.tSrS, self.tOrO, config.mma_dtype)
         if config.problem.dropout:
             tOrP = self.dropper(self.number_anew(i)).drop(tOrP)
-        sV = config.layout_v.matrix(shared, self.lane_of_v, config.offset_v)
+        sV = config.layout_v.matrix(shared, self.lane, config.offset_v)
         pv_product(sV, tOrP, self.tOrO, config.mma_dtype)
-
-    @property
-    def lane_of_v(self) -> Int32:
-        """The lane, for V's addresses."""
-        return self.lane
 
     def number_anew(self, i: Int32) -> Int32:
         """Of the i-th block, from memory, so that no register holds it through the products."""

@@ -13,8 +13,9 @@ from cutlass import Float32, Int32, Int64, cute
 from flash_attn_sm120.device.block_range import BlockRange
 from flash_attn_sm120.device.epilogue import store_transposed
 from flash_attn_sm120.device.mainloop import ForwardTile
-from flash_attn_sm120.device.ptx import lane_anew, load_shared_v4, store_shared_b32, store_shared_v4
+from flash_attn_sm120.device.ptx import lane_anew, load_shared_v4, store_shared_b32, store_shared_v4, thread_anew
 from flash_attn_sm120.device.scheduler import Tile, TileQueue, read_blocks
+from flash_attn_sm120.device.tile import SharedMatrix
 
 STOP = -1  # in place of a turn: there is no tile left
 
@@ -141,10 +142,17 @@ class PersistentTile(ForwardTile):
     def has_work(self) -> cutlass.Boolean:
         return self.read_turn() != STOP
 
+    def matrix_q(self) -> SharedMatrix:
+        """Where no register is left to hold them, its rows are found anew."""
+        rows, layout = self.q_rows, self.config.layout_q
+        if not self.is_roomy:
+            rows = self.shared + (thread_anew() >> 5) * (self.config.warp_rows * layout.row_bytes)
+        return layout.matrix(rows, self.lane)
+
     @property
-    def lane_of_v(self) -> Int32:
-        """Read anew where no register is left to hold V's addresses."""
-        return self.lane if self.is_roomy else lane_anew()
+    def elects(self) -> bool:
+        """Not where registers are short: ptxas keeps what it elects with."""
+        return super().elects and self.is_roomy
 
     def store_rows(self, factors: list[Float32], glob: Int64, stride: Int32, rows_left: Int32) -> None:
         """By way of the warp's lanes alone, as shared memory fills with the next tile."""
