@@ -19,6 +19,8 @@ from flash_attn_sm120.arguments import (
     ClassifyArguments,
     CombineArguments,
     Dropout,
+    DualGroupArguments,
+    GroupLengths,
     Lengths,
     Modifiers,
     Numbers,
@@ -28,6 +30,7 @@ from flash_attn_sm120.dispatch import Plan, candidates
 from flash_attn_sm120.kernels.classify import ClassifyBlocks
 from flash_attn_sm120.kernels.combine import FlashAttentionCombine
 from flash_attn_sm120.kernels.decode import FlashAttentionDecodeSm120
+from flash_attn_sm120.kernels.dual_group import FlashAttentionDualGroupSm120
 from flash_attn_sm120.kernels.forward import FlashAttentionForwardSm120
 from flash_attn_sm120.kernels.forward_tma import FlashAttentionForwardSm120Tma
 from flash_attn_sm120.problem import AttentionProblem, ClassifyProblem, CombineProblem
@@ -36,6 +39,7 @@ KERNELS = {
     "forward": FlashAttentionForwardSm120,
     "forward_tma": FlashAttentionForwardSm120Tma,
     "decode": FlashAttentionDecodeSm120,
+    "dual_group": FlashAttentionDualGroupSm120,
     "combine": FlashAttentionCombine,
     "classify": ClassifyBlocks,
 }
@@ -62,8 +66,8 @@ _lock = threading.Lock()
 def load(problem: Problem, arch: str) -> Callable:
     """The launcher for a problem on a target such as "sm_120a"; compiled on first use, by one thread at a time.
 
-    Call it as fn(*arguments.Arguments(...)), and Partials or None for a decode problem, or CombineArguments or
-    ClassifyArguments for their problems; plain tuples serve as groups. It launches on PyTorch's current stream.
+    Call it as fn(*arguments.Arguments(...)), and Partials or None for a decode problem, or DualGroupArguments,
+    CombineArguments or ClassifyArguments for their problems; plain tuples serve as groups. It launches on PyTorch's current stream.
     """
     key = (problem, arch)
     launcher = _loaded.get(key)
@@ -102,6 +106,8 @@ def build(problem: Problem, plan: Plan | None, arch: str, keep: bool = False):
 
 def _signature(problem: AttentionProblem) -> tuple:
     """The arguments of a kernel's __call__ as types: sizes and strides stay symbolic."""
+    if problem.dual_group:
+        return _dual_group_signature(problem)
     dtype = DTYPES[problem.dtype]
     rank_q = 3 if problem.packed_q else 4
     q, out = _matrix(dtype, rank_q), _matrix(dtype, rank_q)
@@ -131,6 +137,20 @@ def _signature(problem: AttentionProblem) -> tuple:
     if not problem.split:
         return (*arguments, None)
     return (*arguments, Partials(_matrix(Float32, rank_q + 1), _rows(Float32, rank_q), _rows(Int32, 1), Int32(0)))
+
+
+def _dual_group_signature(problem: AttentionProblem) -> tuple:
+    """The arguments of the dual-group kernel's __call__ as types."""
+    dtype = DTYPES[problem.dtype]
+    limits = [_rows(Int32, 1) if problem.seqused_k else Int32(0) for _ in range(2)]
+    arguments = DualGroupArguments(
+        *(_matrix(dtype, 3) for _ in range(6)),
+        *(_rows(Float32, 2) for _ in range(2)),
+        lengths=GroupLengths(*(_rows(Int32, 1) for _ in range(3)), *limits),
+        learnable_sink=_strided(DTYPES[problem.sink], 1) if problem.sink else None,
+        numbers=Numbers(Float32(0), Float32(0), *[Int32(0)] * (len(Numbers._fields) - 2)),
+    )
+    return tuple(arguments)
 
 
 def _combine_signature(problem: CombineProblem) -> tuple:

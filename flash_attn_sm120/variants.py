@@ -133,3 +133,19 @@ def changed_variants() -> list[AttentionProblem]:
         dims = way.pop("head_dims", (128, 128))
         problems.append(AttentionProblem(DTYPES[i % 2], *dims, lse=i % 3 > 0, **way))
     return problems
+
+
+def dual_group_variants() -> list[AttentionProblem]:
+    """variants() of two query groups."""
+    own = {"packed_q": True, "packed_k": True, "lse": True, "dual_group": True}
+    problems = [AttentionProblem("bfloat16", *dims, mask="causal", **own) for dims in HEAD_DIMS]
+    ways = [
+        {"mask": "full"},
+        {"mask": "local"},
+        {"mask": "full", "seqused_k": True, "softcap": True},
+        {"mask": "causal", "padded_lse": True, "seqused_k": True},
+        {"mask": "local", "softcap": True, "sink": "float32", "padded_lse": True},
+    ]
+    problems += [AttentionProblem("float16", 128, 128, **own | way) for way in ways]
+    problems.append(AttentionProblem("bfloat16", 256, 256, mask="local", softcap=True, sink="bfloat16", **own))
+    return problems

@@ -7,8 +7,17 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from flash_attn_sm120.arguments import Arguments, ClassifyArguments, CombineArguments, Lengths, Modifiers, Numbers
-from flash_attn_sm120.problem import ClassifyProblem, CombineProblem
+from flash_attn_sm120.arguments import (
+    Arguments,
+    ClassifyArguments,
+    CombineArguments,
+    DualGroupArguments,
+    GroupLengths,
+    Lengths,
+    Modifiers,
+    Numbers,
+)
+from flash_attn_sm120.problem import AttentionProblem, ClassifyProblem, CombineProblem
 
 from .launch import Simulation, active, launch, simulation
 
@@ -58,6 +67,18 @@ def load(problem: Problem, arch: str | None = None) -> Callable[..., None]:
         counts = {name: getattr(given, name) for name in ("mask_block_cnt", "full_block_cnt")}
         launch(kernel, given, names=given._fields, outputs=counts)
 
+    def run_dual_group(*values: Any) -> None:
+        given = DualGroupArguments(*values)
+        lengths = GroupLengths(*given.lengths)
+        outputs = {}
+        for group, marks in enumerate(lengths[:2]):
+            out, lse, rows = given[4 + group], given[6 + group], int(marks[-1])
+            outputs |= {f"out{group}": out[:rows], f"lse{group}": lse[:, : 0 if problem.padded_lse else rows]}
+        arguments = given._replace(lengths=lengths, numbers=Numbers(*given.numbers))
+        launch(kernel, arguments, names=given._fields, outputs=outputs)
+
+    if isinstance(problem, AttentionProblem) and problem.dual_group:
+        return run_dual_group
     return {CombineProblem: run_combine, ClassifyProblem: run_classify}.get(type(problem), run)
 
 
