@@ -19,7 +19,8 @@ MODIFIERS = (*SCORES, *CHANGES)
 MAX_SPLITS = 64  # parts of a sequence in a decode
 TILE_NOTE_BYTES = 48  # what a thread block writes down instead of keeping it in registers, behind the tiles
 SECOND_NOTE_BYTES = 48
-WAY_NOTE_BYTES = 16  # the blocks that the warps of two query groups go over together
+STRIP_NOTE_BYTES = 64  # of a warp, where two query groups are
+WAY_NOTE_BYTES = 32  # the blocks that the warps of two query groups go over together
 
 
 def barrier_bytes(stages: int) -> int:
@@ -153,8 +154,8 @@ REGISTERS = {
     ("fp8", 4, 64): (40, 216),
     ("fp8", 8, 16): (40, 232),
     ("fp8", 8, 32): (40, 232),
-    ("strips", 4, 32): (40, 216),
-    ("strips", 4, 64): (40, 216),
+    ("strips", 4, 32): (32, 224),
+    ("strips", 4, 64): (32, 224),
     ("strips", 8, 32): (40, 232),
     ("strips", 8, 64): (24, 240),
     ("tma", 4, 32): (24, 232),
@@ -198,7 +199,7 @@ def note_bytes(problem: AttentionProblem, num_warps: int) -> int:
     """Of the tile's note, with the part that lists, seeds and mods need; of two groups, a note a warp and one for all.
     """
     if problem.dual_group:
-        return num_warps * TILE_NOTE_BYTES + WAY_NOTE_BYTES
+        return num_warps * STRIP_NOTE_BYTES + WAY_NOTE_BYTES
     changed = any(getattr(problem, name) for name in CHANGES)
     return TILE_NOTE_BYTES + (SECOND_NOTE_BYTES if changed else 0)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import cutlass
 from cutlass import Float32, Int32, Int64, cute
@@ -12,11 +13,11 @@ from flash_attn_sm120.device.load_cp_async import CpAsyncLoader
 from flash_attn_sm120.device.mainloop import ForwardTile
 from flash_attn_sm120.device.paged_kv import LANES, KeysAndValues, RowSource, Sharing, warps_that_copy
 from flash_attn_sm120.device.ptx import lane_anew, thread_anew
-from flash_attn_sm120.device.scheduler import Tile, read_blocks, read_tile_note, write_tile_note
+from flash_attn_sm120.device.scheduler import Tile, read_blocks
 from flash_attn_sm120.device.seqlen import Sequence, head_address
-from flash_attn_sm120.device.strips import Strip, Way, read_way, write_way
+from flash_attn_sm120.device.strips import Strip, Target, Way, read_start_k, read_strip, read_way, write_strip, write_way
 from flash_attn_sm120.device.visible import starts_at_first
-from flash_attn_sm120.dispatch import TILE_NOTE_BYTES
+from flash_attn_sm120.dispatch import STRIP_NOTE_BYTES
 
 
 class KeyLoader(CpAsyncLoader):
@@ -24,7 +25,7 @@ class KeyLoader(CpAsyncLoader):
 
     def __init__(self, config, mK: cute.Tensor, mV: cute.Tensor, head_kv: Int32, seq_k: Sequence):
         """seq_k.length: keys that are needed."""
-        self.config = config
+        self.config, self.inputs, self.seq_k = config, (mK, mV, head_kv), seq_k
         self.warps = warps_that_copy(config, RowSource)
         self.q_arrivals, self.arrivals = 1, LANES * self.warps
         self.keys = KeysAndValues(config, mK, mV, Int32(0), seq_k, head_kv, None, self.thread, self.warps)
@@ -32,6 +33,10 @@ class KeyLoader(CpAsyncLoader):
 
     def load_q(self, barrier: cute.Pointer) -> None:
         """See StripTile.load_q."""
+
+    def anew(self, start: Int32) -> KeyLoader:
+        """The same; nothing that follows from the sequence's start holds a register from before it was read."""
+        return KeyLoader(self.config, *self.inputs, replace(self.seq_k, start=start))
 
 
 class RowsAt(RowSource):
@@ -52,24 +57,35 @@ def of_group(group: Int32, tensors: tuple, seq: Sequence, head: Int32) -> tuple[
 class StripTile(ForwardTile):
     """A ForwardTile whose warps have a strip each, and a note each about it."""
 
-    def __init__(self, config, mQs: tuple, batch: Int32, strip: Strip, sink, numbers, heads_per_kv: Int32):
-        """strip: the warp's."""
+    def __init__(
+        self, config, strip: Strip, batch: Int32, mQs: tuple, mOs: tuple, mLSEs: tuple, sink: cute.Tensor | None, numbers
+    ):
+        """strip: the warp's. mQs, mOs, mLSEs: of both groups."""
         seq_k = Sequence(Int32(0), Int32(0), strip.seqlen_k, strip.seqlen_k)
-        # the note's batch says the group too
-        tile = Tile(Int32(0), strip.head, 2 * batch + strip.group, cutlass.Boolean(True))
-        super().__init__(config, tile, strip.seq_q, seq_k, strip.seqlen_k, sink, numbers, heads_per_kv)
-        self.mQs, self.strip = mQs, strip
+        tile = Tile(Int32(0), strip.head, batch, cutlass.Boolean(True))
+        super().__init__(config, tile, strip.seq_q, seq_k, strip.seqlen_k, sink, numbers, None)
+        self.mQs, self.mOs, self.mLSEs, self.strip = mQs, mOs, mLSEs, strip
         # masks and stores count from the block's first row, as if its warps had neighbouring rows
         self.first_row = strip.first_row - self.warp_row
 
     @property
     def note(self) -> Int32:
         """The warp's; from its number anew, as no register is to hold it through the products."""
-        return self.shared + self.config.plan.note_offset + (thread_anew() >> 5) * TILE_NOTE_BYTES
+        return self.shared + self.config.plan.note_offset + (thread_anew() >> 5) * STRIP_NOTE_BYTES
 
     @note.setter
     def note(self, address: Int32) -> None:
         """That of a block with one note isn't used."""
+
+    @property
+    def q_rows(self) -> Int32:
+        """Where the warp's Q lies; likewise."""
+        config = self.config
+        return self.shared + (thread_anew() >> 5) * (config.warp_rows * config.layout_q.row_bytes)
+
+    @q_rows.setter
+    def q_rows(self, address: Int32) -> None:
+        """That of a block whose warps have a register for it isn't used."""
 
     @property
     def may_have_gap(self) -> bool:
@@ -77,13 +93,14 @@ class StripTile(ForwardTile):
 
     def way(self) -> Way:
         """From memory."""
-        config = self.config
-        shared = self.shared + config.plan.note_offset + config.plan.num_warps * TILE_NOTE_BYTES
-        return read_way(shared, self.may_have_gap)
+        return read_way(self.way_note(), self.may_have_gap)
+
+    def way_note(self) -> Int32:
+        plan = self.config.plan
+        return self.shared + plan.note_offset + plan.num_warps * STRIP_NOTE_BYTES
 
     def write_note(self, way: Way) -> None:
-        config = self.config
-        write_way(self.shared + config.plan.note_offset + config.plan.num_warps * TILE_NOTE_BYTES, way)
+        write_way(self.way_note(), way, self.loader.seq_k.start)
 
     @cute.jit
     def start(self, way: Way):
@@ -91,9 +108,7 @@ class StripTile(ForwardTile):
         if self.warp < self.config.plan.num_warps:
             self.load_q()
             if self.lane == 0:
-                strip = self.strip
-                own = (self.tile, self.seq_q, strip.seqlen_k, strip.seqlen_k, strip.blocks)
-                write_tile_note(self.note, self.first_row, *own)
+                write_strip(self.note, self.first_row, self.strip, self.target())
         ForwardTile.start(self, way)
 
     def load_q(self) -> None:
@@ -107,13 +122,35 @@ class StripTile(ForwardTile):
         source.load(own, self.q_rows, strip.first_row, start, None, strip.seq_q.length)
         cute.arch.cp_async_commit_group()
 
+    def target(self) -> Target:
+        strip = self.strip
+        row = Int64(strip.first_row)
+        out, row_stride = of_group(strip.group, self.mOs, strip.seq_q, strip.head)
+        addresses, rooms = [], []
+        for mLSE in self.mLSEs:
+            line, first, room = strip.head, strip.seq_q.start, strip.seq_q.length
+            if self.config.problem.padded_lse:
+                line, first = self.tile.batch * self.mQs[0].shape[1] + strip.head, Int32(0)
+                room = cutlass.min(room, mLSE.shape[1])
+            offset = Int64(line) * Int64(mLSE.stride[0]) + Int64(first) + row
+            addresses.append(mLSE.iterator.toint() + offset * 4)
+            rooms.append(room)
+        lse, lse_rows = (cutlass.select_(strip.group == 1, *of[::-1]) for of in (addresses, rooms))
+        return Target(out + row * Int64(row_stride), row_stride, lse, lse_rows)
+
     @cute.jit
     def feed(self, way: Way):
         """A loading warp: each tile of K and V as soon as there is room for it; the first is on its way."""
         for i in cutlass.range(1, way.count, unroll=1):
-            n, stage = (self.way() if self.may_have_gap else way).number(i), self.stage(i)
-            self.loader.load_k(n, stage)
-            self.loader.load_v(n, stage)
+            self.load(i, way)
+
+    def load(self, i: Int32, way: Way) -> None:
+        """The i-th block. Where the sequence's keys lie is read from memory each time: addresses that were held since
+        the first block wouldn't fit a loading warp's registers."""
+        loader = self.loader.anew(read_start_k(self.way_note()))
+        n, stage = (self.way() if self.may_have_gap else way).number(i), self.stage(i)
+        loader.load_k(n, stage)
+        loader.load_v(n, stage)
 
     @cute.jit
     def multiply(self):
@@ -134,6 +171,9 @@ class StripTile(ForwardTile):
             i = i + 1
         self.stop_multiplying()
 
+    def accumulate(self, shared: Int32, n: Int32, i: Int32, masked: bool, modded: bool, place: None) -> None:
+        super().accumulate(shared, self.way().number(i) if masked else n, i, masked, modded, place)
+
     def start_multiplying(self) -> None:
         """Waits for the warp's Q."""
         cute.arch.cp_async_wait_group(0)
@@ -143,43 +183,30 @@ class StripTile(ForwardTile):
         self.tSrQ = self.keep_q() if self.config.plan.q_in_registers else {}
 
     def store(self, mOs: tuple, mLSEs: tuple) -> None:
-        """The strip's rows of its group's tensors."""
-        config = self.config
+        """The strip's rows, to where its note says."""
+        config, thread = self.config, thread_anew()
+        lane, warp_row = thread % 32, (thread >> 5) * config.warp_rows
         problem, layout = config.problem, config.layout_o
-        first_row, head, batch_and_group, seq_q = read_tile_note(self.note, True)
-        group, batch = batch_and_group & 1, batch_and_group >> 1
-        row = first_row + self.warp_row
+        first_row, head, seqlen_q, target = read_strip(self.note)
+        row = first_row + warp_row
         constant = -0.5 * self.cap_scale if problem.softcap else 0.0
         sink = None
         if problem.sink:
             sink = Float32(self.modifiers[head]) * math.log2(math.e)
-        factors, lses = self.softmax.finish(row + self.lane // 4, seq_q.length, constant, sink)
-        shared = self.shared + self.warp_row * layout.row_bytes
+        factors, lses = self.softmax.finish(row + lane // 4, seqlen_q, constant, sink)
+        shared = self.shared + warp_row * layout.row_bytes
         cute.arch.sync_warp()
-        stage_output(layout, shared, self.tOrO, factors, self.lane, config.dtype)
+        stage_output(layout, shared, self.tOrO, factors, lane, config.dtype)
         cute.arch.sync_warp()
-        address, stride = of_group(group, mOs, seq_q, head)
-        glob, rows_left = address + Int64(row) * Int64(stride), seq_q.length - row
-        store_output(layout, shared, config.warp_rows, glob, stride, self.lane, rows_left, problem.head_dim_v)
-        self.store_lse(mLSEs, group, head, batch, seq_q, row, lses)
+        place = (target.out, target.row_stride, lane, seqlen_q - row)
+        store_output(layout, shared, config.warp_rows, *place, problem.head_dim_v)
+        self.store_lse(target.lse, lses, lane, target.lse_rows - row)
 
     @cute.jit
-    def store_lse(
-        self, mLSEs: tuple, group: Int32, head: Int32, batch: Int32, seq_q: Sequence, row: Int32, lses: list
-    ):
-        """mLSEs: (heads, total_q), or padded, (batch * heads, rounded seqlen_q), of each group."""
-        addresses, rooms = [], []
-        for mLSE, mQ in zip(mLSEs, self.mQs, strict=True):
-            line, first, room = head, seq_q.start + row, seq_q.length
-            if cutlass.const_expr(self.config.problem.padded_lse):
-                line, first, room = batch * mQ.shape[-2] + head, row, cutlass.min(room, mLSE.shape[1])
-            addresses.append(mLSE.iterator.toint() + (Int64(line) * Int64(mLSE.stride[0]) + Int64(first)) * 4)
-            rooms.append(room)
-        is_one = group == 1
-        address = cutlass.select_(is_one, addresses[1], addresses[0])
-        rows_left = cutlass.select_(is_one, rooms[1], rooms[0]) - row
-        within = self.lane // 4
-        if self.lane % 4 == 0:
+    def store_lse(self, address: Int64, lses: list, lane: Int32, rows_left: Int32):
+        """lses: the thread's rows, 8 apart; four lanes hold the same rows and the first of them writes."""
+        within = lane // 4
+        if lane % 4 == 0:
             for r in cutlass.range_constexpr(len(lses)):
                 if 8 * r + within < rows_left:
                     own = address + Int64(8 * r + within) * 4

@@ -11,7 +11,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import cutlass
-from cutlass import Int32, cute
+from cutlass import Int32, Int64, cute
 
 from flash_attn_sm120.device.block_range import BlockRange, block_range
 from flash_attn_sm120.device.ptx import load_shared_v2, load_shared_v4, store_shared_v4
@@ -148,6 +148,37 @@ def strip_of(strip: Strip, seqs_q: tuple[Sequence, Sequence], lane: Int32) -> St
     return Strip(group, there(strip.first_row), there(strip.head), seq_q, there(strip.seqlen_k), blocks)
 
 
+@dataclass(frozen=True)
+class Target:
+    """Where a strip's results go: address of the strip's first row of out, bytes from row to row, address of its first
+    row of lse, rows of lse from the sequence's first that there is room for."""
+
+    out: Int64
+    row_stride: Int32
+    lse: Int64
+    lse_rows: Int32
+
+
+def write_strip(shared: Int32, first_row: Int32, strip: Strip, target: Target) -> None:
+    """A warp's note: positions and blocks where scheduler.py's functions read them, the rest where they read nothing.
+    first_row: as those functions mean it."""
+    seqlen_q, seqlen_k = strip.seq_q.length, strip.seqlen_k
+    store_shared_v4(shared, (first_row, strip.head, Int32(0), seqlen_k))
+    store_shared_v4(shared + 16, (target.row_stride, seqlen_q, target.lse_rows, seqlen_k - seqlen_q))
+    store_shared_v4(shared + 32, vars_of(strip.blocks))
+    words = [word for address in (target.out, target.lse) for word in (Int32(address), Int32(address >> 32))]
+    store_shared_v4(shared + 48, words)
+
+
+def read_strip(shared: Int32) -> tuple[Int32, Int32, Int32, Target]:
+    """(first_row, head, seqlen_q, target) as written."""
+    first_row, head, _, _ = load_shared_v4(shared)
+    row_stride, seqlen_q, lse_rows, _ = load_shared_v4(shared + 16)
+    words = load_shared_v4(shared + 48)
+    out, lse = (Int64(cutlass.Uint32(words[i])) | Int64(words[i + 1]) << 32 for i in (0, 2))
+    return first_row, head, seqlen_q, Target(out, row_stride, lse, lse_rows)
+
+
 def over_strips(value: Int32, combine, warps: int) -> Int32:
     """Of the values that lanes 0 to warps - 1 hold; lane + warps holds what lane does."""
     step = 1
@@ -203,8 +234,10 @@ def way_over(strip: Strip, warps: int, may_have_gap: bool) -> Way:
     return Way(end, end - begin - gap, gap_end, gap, seqlen_k)
 
 
-def write_way(shared: Int32, way: Way) -> None:
+def write_way(shared: Int32, way: Way, start_k: Int32) -> None:
+    """start_k: of the sequence's keys."""
     store_shared_v4(shared, (way.end, way.count, Int32(way.gap_end), Int32(way.gap)))
+    store_shared_v4(shared + 16, (start_k, Int32(0), Int32(0), Int32(0)))
 
 
 def read_way(shared: Int32, may_have_gap: bool) -> Way:
@@ -213,3 +246,9 @@ def read_way(shared: Int32, may_have_gap: bool) -> Way:
         end, _ = load_shared_v2(shared)
         return Way(end, end, 0, 0, Int32(0))
     return Way(*load_shared_v4(shared), Int32(0))
+
+
+def read_start_k(shared: Int32) -> Int32:
+    """As written."""
+    start, _ = load_shared_v2(shared + 16)
+    return start
