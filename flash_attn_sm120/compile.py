@@ -67,7 +67,8 @@ def load(problem: Problem, arch: str) -> Callable:
     """The launcher for a problem on a target such as "sm_120a"; compiled on first use, by one thread at a time.
 
     Call it as fn(*arguments.Arguments(...)), and Partials or None for a decode problem, or DualGroupArguments,
-    CombineArguments or ClassifyArguments for their problems; plain tuples serve as groups. It launches on PyTorch's current stream.
+    CombineArguments or ClassifyArguments for their problems; plain tuples serve as groups. It launches on PyTorch's
+    current stream.
     """
     key = (problem, arch)
     launcher = _loaded.get(key)

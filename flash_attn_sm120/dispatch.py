@@ -11,7 +11,8 @@ from flash_attn_sm120.decode_plan import decode_memory, decode_row
 from flash_attn_sm120.problem import ELEMENT_BYTES, MASKS, AttentionProblem, CombineProblem, padded
 
 FP8_COPYING_WARPS = 4  # which convert
-WAYS = ("cp_async", "pages", "page_boxes", "fp8", "tma", "strips")  # how a prefill kernel's tiles come into shared memory
+# How a prefill kernel's tiles come into shared memory; strips: by cp.async, Q by the warps that have its rows.
+WAYS = ("cp_async", "pages", "page_boxes", "fp8", "tma", "strips")
 # Attributes of a problem that take registers from the main loop.
 SCORES = ("softcap", "sink", "alibi", "chunked", "context_parallel", "k_descale", "v_descale")
 CHANGES = ("dropout", "score_mod", "mask_mod", "block_sparse")
@@ -196,8 +197,7 @@ def smem_bytes(problem: AttentionProblem, row: TileRow) -> int:
 
 
 def note_bytes(problem: AttentionProblem, num_warps: int) -> int:
-    """Of the tile's note, with the part that lists, seeds and mods need; of two groups, a note a warp and one for all.
-    """
+    """Of the tile's note, with the part that lists, seeds and mods need; of two groups, a note a warp and one for all."""
     if problem.dual_group:
         return num_warps * STRIP_NOTE_BYTES + WAY_NOTE_BYTES
     changed = any(getattr(problem, name) for name in CHANGES)
@@ -291,7 +291,8 @@ def choose(problem: AttentionProblem | CombineProblem, arch: str = "sm_120a") ->
 def candidates(problem: AttentionProblem, arch: str = "sm_120a") -> list[Plan]:
     """The chosen kernel's plans, the fastest first: what registers a function of the caller takes is known once it is
     compiled, and the first plan that it leaves without a stack is to be taken."""
-    kernel = next(name for name in ("forward_tma", "forward", "decode", "dual_group") if can_implement(name, problem, arch))
+    kernels = ("forward_tma", "forward", "decode", "dual_group")
+    kernel = next(name for name in kernels if can_implement(name, problem, arch))
     plans = plans_for(kernel, problem, arch)
     changed = any(getattr(problem, name) for name in CHANGES)
     return plans if changed else plans[:1]

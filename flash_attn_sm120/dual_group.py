@@ -68,12 +68,11 @@ def fused_zigzag_llama3_flash_attn_varlen_forward(
     q0: (total_q0, heads, head_dim), q1: (total_q1, heads, head_dim), bfloat16 or float16, packed; a group may be empty.
     k: (total_k, heads_kv, head_dim), v: (total_k, heads_kv, head_dim_v); heads % heads_kv == 0; head dims are multiples
         of 8 up to 256. Any strides with a contiguous last dimension, as in flash_attn_func.
-    cu_seqlens_q0, cu_seqlens_q1, cu_seqlens_k: int32 (batch + 1,) of the same batch; sequence b is rows cu_seqlens[b] to
-        [b + 1]. A sequence may have rows in either group, in both or in none.
+    cu_seqlens_q0, cu_seqlens_q1, cu_seqlens_k: int32 (batch + 1,) of the same batch: sequence b is rows cu_seqlens[b]
+        to [b + 1]. A sequence may have rows in either group, in both or in none.
     max_seqlen_q0, max_seqlen_q1, max_seqlen_k: the longest lengths, or more; None where padded_lse doesn't need them.
         out doesn't depend on them.
-    max_kv_len_q0, max_kv_len_q1: group i of a sequence attends to the sequence's first min(max_kv_len_qi, seqlen_k) keys.
-        An int, or int32 (batch,) on the device with a length for each sequence.
+    max_kv_len_q0, max_kv_len_q1: group i of a sequence attends to its first min(max_kv_len_qi, seqlen_k) keys. An int, or int32 (batch,) on the device with a length for each sequence.
     softmax_scale: 1 / sqrt(head_dim) if None.
     causal: a group's last row of a sequence is aligned with the last key of its range (bottom-right).
     window_size, softcap, learnable_sink: as in flash_attn_func; positions are aligned likewise.

@@ -40,18 +40,18 @@ def replace_execute_grouped_attention_with_fused_varlen(
 ) -> tuple[torch.Tensor, torch.Tensor, dict[str, Any]]:
     """Attention of a rank's early and late chunks over the keys of all ranks, in one launch. Forward only.
 
-    A sequence of 2 * world_size chunks of one size is spread in a zigzag: rank r has chunks r and 2 * world_size - 1 - r
-    of it, one behind the other, sequence after sequence.
+    A sequence of 2 * world_size chunks of one size is spread in a zigzag: rank r has chunks r and
+    2 * world_size - 1 - r of it, one behind the other, sequence after sequence.
 
     chunk_q_list: [q0, q1], (tokens, nheads, head_dim) each: the rows of the rank's early chunks, one of each sequence,
         and those of its late chunks.
     chunk_cu_seqlens_q_list: [cu_seqlens_q0, cu_seqlens_q1], int32 (batch + 1,): where each sequence's rows lie in them.
     chunk_indices_list: [indices0, indices1], int64 (tokens,) each: the places of q0's and q1's rows in the rank's own
         order; together every place once.
-    kv_buffer: (2, total_k, heads_kv, head_dim): K and V of all ranks as an all-gather leaves them, rank after rank, each
-        rank's rows in its own order. It is brought into the order of positions by one copy.
-    kv_slices: [(ranges, cu_seqlens), ...] of q0 and of q1: for each sequence that has keys, (first, end) of the keys that
-        the group sees, in the order of positions; what they say must agree with chunk_idx_0 and chunk_idx_1. The
+    kv_buffer: (2, total_k, heads_kv, head_dim): K and V of all ranks as an all-gather leaves them, rank after rank,
+        each rank's rows in its own order. It is brought into the order of positions by one copy.
+    kv_slices: [(ranges, cu_seqlens), ...] of q0 and of q1: for each sequence that has keys, (first, end) of the keys
+        that the group sees, in the order of positions; what they say must agree with chunk_idx_0 and chunk_idx_1. The
         cu_seqlens beside them aren't looked at.
     nheads, head_dim: those of chunk_q_list.
     softmax_scale, causal, window_size: as in fused_zigzag_llama3_flash_attn_varlen_forward.
@@ -61,11 +61,12 @@ def replace_execute_grouped_attention_with_fused_varlen(
     chunk_idx_0, chunk_idx_1: the rank's chunks, r and 2 * world_size - 1 - r: q0 sees the first chunk_idx_0 + 1 chunks
         of each sequence, q1 the first chunk_idx_1 + 1.
 
-    Returns (out, lse, chunk_info): out (tokens of q0 and q1, nheads, head_dim_v) and lse float32 (nheads, tokens) in the
-    rank's own order; chunk_info {"chunk_indices_list", "chunk_cu_seqlens_q_list", "kv_slices"} as they came.
+    Returns (out, lse, chunk_info): out (tokens of q0 and q1, nheads, head_dim_v) and lse float32 (nheads, tokens) in
+    the rank's own order; chunk_info {"chunk_indices_list", "chunk_cu_seqlens_q_list", "kv_slices"} as they came.
 
     Reads no values from the device. Raises ValueError, TypeError or NotImplementedError before any launch, in the form
-    `argument: expected ..., got ...`: for other than two groups, dropout, slopes, and arguments that contradict another.
+    `argument: expected ..., got ...`: for other than two groups, dropout, slopes, and arguments that contradict each
+    other.
     """
     lists = {
         "chunk_q_list": chunk_q_list,
@@ -171,7 +172,7 @@ def _sequences(slices: list[Ranges], total: int, world_size: int, indices: tuple
     """(first key, keys) of each sequence that has keys, from the ranges, which are checked against the chunks."""
     starts = [int(first) for first, _ in slices[1]]
     ends = [*starts[1:], total]
-    if starts[:1] not in ([0], [] if total == 0 else [0]):
+    if (starts[0] if starts else total) != 0:
         refuse("kv_slices", f"ranges that begin at 0 and follow one another, to {total}", list(slices[1]))
     sequences = [(start, end - start) for start, end in zip(starts, ends, strict=True)]
     for group, (ranges, index) in enumerate(zip(slices, indices, strict=True)):

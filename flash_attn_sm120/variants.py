@@ -138,14 +138,13 @@ def changed_variants() -> list[AttentionProblem]:
 def dual_group_variants() -> list[AttentionProblem]:
     """variants() of two query groups."""
     own = {"packed_q": True, "packed_k": True, "lse": True, "dual_group": True}
-    problems = [AttentionProblem("bfloat16", *dims, mask="causal", **own) for dims in HEAD_DIMS]
     ways = [
-        {"mask": "full"},
-        {"mask": "local"},
-        {"mask": "full", "seqused_k": True, "softcap": True},
-        {"mask": "causal", "padded_lse": True, "seqused_k": True},
-        {"mask": "local", "softcap": True, "sink": "float32", "padded_lse": True},
+        ("bfloat16", 64, 64, {"mask": "causal"}),
+        ("bfloat16", 96, 96, {"mask": "local", "softcap": True, "sink": "float32", "padded_lse": True}),
+        ("float16", 128, 128, {"mask": "causal", "seqused_k": True}),
+        ("float16", 128, 128, {"mask": "full", "softcap": True}),
+        ("bfloat16", 128, 128, {"mask": "local"}),
+        ("bfloat16", 192, 128, {"mask": "causal", "padded_lse": True, "sink": "bfloat16"}),
+        ("bfloat16", 256, 256, {"mask": "local", "softcap": True}),
     ]
-    problems += [AttentionProblem("float16", 128, 128, **own | way) for way in ways]
-    problems.append(AttentionProblem("bfloat16", 256, 256, mask="local", softcap=True, sink="bfloat16", **own))
-    return problems
+    return [AttentionProblem(*dims, **own | options) for *dims, options in ways]

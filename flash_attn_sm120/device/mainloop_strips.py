@@ -15,7 +15,16 @@ from flash_attn_sm120.device.paged_kv import LANES, KeysAndValues, RowSource, Sh
 from flash_attn_sm120.device.ptx import lane_anew, thread_anew
 from flash_attn_sm120.device.scheduler import Tile, read_blocks
 from flash_attn_sm120.device.seqlen import Sequence, head_address
-from flash_attn_sm120.device.strips import Strip, Target, Way, read_start_k, read_strip, read_way, write_strip, write_way
+from flash_attn_sm120.device.strips import (
+    Strip,
+    Target,
+    Way,
+    read_start_k,
+    read_strip,
+    read_way,
+    write_strip,
+    write_way,
+)
 from flash_attn_sm120.device.visible import starts_at_first
 from flash_attn_sm120.dispatch import STRIP_NOTE_BYTES
 
@@ -57,14 +66,12 @@ def of_group(group: Int32, tensors: tuple, seq: Sequence, head: Int32) -> tuple[
 class StripTile(ForwardTile):
     """A ForwardTile whose warps have a strip each, and a note each about it."""
 
-    def __init__(
-        self, config, strip: Strip, batch: Int32, mQs: tuple, mOs: tuple, mLSEs: tuple, sink: cute.Tensor | None, numbers
-    ):
-        """strip: the warp's. mQs, mOs, mLSEs: of both groups."""
+    def __init__(self, config, strip: Strip, batch: Int32, mQs: tuple, outputs: tuple, sink, numbers):
+        """strip: the warp's. mQs: of both groups. outputs: (out, lse) likewise. sink: learnable_sink or None."""
         seq_k = Sequence(Int32(0), Int32(0), strip.seqlen_k, strip.seqlen_k)
         tile = Tile(Int32(0), strip.head, batch, cutlass.Boolean(True))
         super().__init__(config, tile, strip.seq_q, seq_k, strip.seqlen_k, sink, numbers, None)
-        self.mQs, self.mOs, self.mLSEs, self.strip = mQs, mOs, mLSEs, strip
+        self.mQs, (self.mOs, self.mLSEs), self.strip = mQs, outputs, strip
         # masks and stores count from the block's first row, as if its warps had neighbouring rows
         self.first_row = strip.first_row - self.warp_row
 

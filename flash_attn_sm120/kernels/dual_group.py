@@ -112,6 +112,6 @@ class FlashAttentionDualGroupSm120(FlashAttentionForwardSm120):
         each = strip_at(problem, index, seqs_q, seqlens_k, head_kv, heads_per_kv, *sizes, numbers)
         way = way_over(each, warps, not starts_at_first(problem))
         own = strip_of(each, seqs_q, cute.arch.make_warp_uniform(cute.arch.warp_idx()) & (warps - 1))
-        work = StripTile(self, own, batch, mQs, *outputs, mSink, numbers)
+        work = StripTile(self, own, batch, mQs, outputs, mSink, numbers)
         loader = KeyLoader(self, mK, mV, head_kv, replace(seq_k, length=way.seqlen_k))
         work.run(loader, way, *outputs)
