@@ -219,9 +219,10 @@ def run_compile(arches: Sequence[str]) -> int:
     """Every variant for each target. 1 if one spills or keeps fewer than two matrix warps on a sub-partition."""
     from flash_attn_sm120.sass import GET_NVDISASM, find_nvdisasm
     from flash_attn_sm120.static_model import ASSUMPTIONS
-    from flash_attn_sm120.variants import changed_variants, variants
+    from flash_attn_sm120.variants import changed_variants, dual_group_variants, variants
 
-    jobs = [(arch, problem) for arch in arches for problem in (*variants(), *changed_variants())]
+    problems = (*variants(), *changed_variants(), *dual_group_variants())
+    jobs = [(arch, problem) for arch in arches for problem in problems]
     measured = [measure(problem, arch) for arch, problem in progress(jobs, "compile")]
     header = (
         "target", "variant", "kernel", "tile", "warps", "registers", "stack", "shared KB", "blocks/SM",
@@ -294,5 +295,7 @@ def label(problem: AttentionProblem) -> str:
     flags = ("seqused_q", "seqused_k", "softcap", "alibi", "chunked", "context_parallel", "k_descale", "v_descale")
     words += [name for name in (*flags, "dropout", "score_mod", "mask_mod", "lse") if getattr(problem, name)]
     words.append("blocks {}x{}".format(*problem.sparse_block) if problem.block_sparse else "")
+    words.append("two groups" if problem.dual_group else "")
+    words.append("padded" if problem.padded_lse else "")
     words.append("" if problem.tma_strides else "repeated rows")
     return " ".join(filter(None, words))

@@ -197,7 +197,7 @@ def smem_bytes(problem: AttentionProblem, row: TileRow) -> int:
 
 
 def note_bytes(problem: AttentionProblem, num_warps: int) -> int:
-    """Of the tile's note, with the part that lists, seeds and mods need; of two groups, a note a warp and one for all."""
+    """Of the tile's note, with the part that lists, seeds and mods need; of two groups, one a warp and one for all."""
     if problem.dual_group:
         return num_warps * STRIP_NOTE_BYTES + WAY_NOTE_BYTES
     changed = any(getattr(problem, name) for name in CHANGES)

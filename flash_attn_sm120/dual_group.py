@@ -72,7 +72,8 @@ def fused_zigzag_llama3_flash_attn_varlen_forward(
         to [b + 1]. A sequence may have rows in either group, in both or in none.
     max_seqlen_q0, max_seqlen_q1, max_seqlen_k: the longest lengths, or more; None where padded_lse doesn't need them.
         out doesn't depend on them.
-    max_kv_len_q0, max_kv_len_q1: group i of a sequence attends to its first min(max_kv_len_qi, seqlen_k) keys. An int, or int32 (batch,) on the device with a length for each sequence.
+    max_kv_len_q0, max_kv_len_q1: group i of a sequence attends to its first min(max_kv_len_qi, seqlen_k) keys. An int,
+        or int32 (batch,) on the device with a length for each sequence.
     softmax_scale: 1 / sqrt(head_dim) if None.
     causal: a group's last row of a sequence is aligned with the last key of its range (bottom-right).
     window_size, softcap, learnable_sink: as in flash_attn_func; positions are aligned likewise.

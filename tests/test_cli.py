@@ -100,6 +100,7 @@ def test_compile_judges(stack, warps, verdict, monkeypatch, capsys):
     plan = dispatch.Plan(**{**fields, "num_warps": warps, "smem_bytes": 96 << 10})
     monkeypatch.setattr(variants, "variants", lambda: [problem])
     monkeypatch.setattr(variants, "changed_variants", list)
+    monkeypatch.setattr(variants, "dual_group_variants", list)
     monkeypatch.setattr(compile_module, "candidates", lambda problem, arch: [plan])
     monkeypatch.setattr(compile_module, "build", lambda *a, **k: type("Built", (), {"__cubin__": b""}))
     monkeypatch.setattr(cubin, "read", lambda data: [cubin.KernelResources("k", 168, stack, 1024)])
@@ -118,6 +119,7 @@ def test_compile_shows_predictions_and_says_when_it_cannot(monkeypatch, capsys):
     problem = AttentionProblem("bfloat16", 64, 64)
     monkeypatch.setattr(variants, "variants", lambda: [problem])
     monkeypatch.setattr(variants, "changed_variants", list)
+    monkeypatch.setattr(variants, "dual_group_variants", list)
     assert cli.main(["compile", "--arch", "sm_120a"]) == 0
     header, line, *rest = capsys.readouterr().out.splitlines()
     cells = dict(zip(re.split("  +", header), re.split("  +", line), strict=True))

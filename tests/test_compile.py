@@ -14,10 +14,11 @@ from flash_attn_sm120.dispatch import choose, decode_memory
 from flash_attn_sm120.occupancy import RESERVED_BYTES, occupancy
 from flash_attn_sm120.problem import AttentionProblem, CombineProblem, padded
 from flash_attn_sm120.static_model import predict
-from flash_attn_sm120.variants import changed_variants, decode_variants, variants
+from flash_attn_sm120.variants import changed_variants, decode_variants, dual_group_variants, variants
 
 PROBLEMS = [(problem, arch) for problem in variants() for arch in ("sm_120a", "sm_121a")]
-PROBLEMS += [(problem, "sm_121a") for problem in changed_variants()]  # test_variants.py has built them for sm_120a
+# test_variants.py has built these for sm_120a
+PROBLEMS += [(problem, "sm_121a") for problem in (*changed_variants(), *dual_group_variants())]
 
 
 @pytest.mark.parametrize("problem, arch", PROBLEMS, ids=lambda x: x if isinstance(x, str) else variant_name(x))

@@ -9,7 +9,7 @@ import pytest
 from flash_attn_sm120.dispatch import COMMON_TILES, NARROW_TILES, TILES, can_implement, candidates, choose, plan_for
 from flash_attn_sm120.occupancy import REGISTERS, SHARED_BYTES, SHARED_BYTES_A_BLOCK, SUB_PARTITIONS, occupancy
 from flash_attn_sm120.problem import SPARSE_UNITS, AttentionProblem
-from flash_attn_sm120.variants import changed_variants, variants
+from flash_attn_sm120.variants import changed_variants, dual_group_variants, variants
 
 HEAD_DIMS = range(8, 257, 8)
 
@@ -109,7 +109,7 @@ def test_variants_cover_each_row_and_each_feature():
     pytest.importorskip("cutlass")
     problems = variants()
     assert len(problems) == len(set(problems))
-    every = (*problems, *changed_variants())
+    every = (*problems, *changed_variants(), *dual_group_variants())
     assert len(every) == len(set(every))
     taken = {
         (plan.kernel, plan.tile_m, plan.tile_n, plan.num_warps) for problem in every for plan in candidates(problem)

@@ -3,6 +3,7 @@
 `python tests/test_variants.py` runs the same cases without pytest, for compute-sanitizer.
 """
 
+import dual_group_cases
 import pytest
 import serving_cases
 import torch
@@ -12,16 +13,18 @@ from sparse_cases import random_blocks
 
 from flash_attn_sm120 import calls, cubin, launchers
 from flash_attn_sm120.problem import AttentionProblem, CombineProblem
-from flash_attn_sm120.variants import changed_variants, variants
+from flash_attn_sm120.variants import changed_variants, dual_group_variants, variants
 
 LENGTHS_Q, LENGTHS_K = (37, 1, 130), (150, 20, 67)
 HEADS_KV = 2
 COMBINE = CombineProblem("float16", 128, lse=True)  # of the ranks of a context-parallel variant
-PROBLEMS = [*variants(), *changed_variants()]
+PROBLEMS = [*variants(), *changed_variants(), *dual_group_variants()]
 
 
 def run_variant(problem: AttentionProblem, device: torch.device) -> None:
-    if problem.paged or problem.kv_dtype:
+    if problem.dual_group:
+        dual_group_cases.run_variant(problem, LENGTHS_Q, LENGTHS_K, device)
+    elif problem.paged or problem.kv_dtype:
         run_serving_variant(problem, device)
     else:
         run_plain_variant(problem, device)
