@@ -8,9 +8,18 @@ import stand_in
 import torch
 
 from flash_attn_sm120 import calls, dispatch, launchers
-from flash_attn_sm120.arguments import Arguments, ClassifyArguments, CombineArguments, Lengths, Modifiers, Partials
+from flash_attn_sm120.arguments import (
+    Arguments,
+    ClassifyArguments,
+    CombineArguments,
+    DualGroupArguments,
+    GroupLengths,
+    Lengths,
+    Modifiers,
+    Partials,
+)
 from flash_attn_sm120.launchers import launches_on_cpu
-from flash_attn_sm120.problem import ClassifyProblem, CombineProblem
+from flash_attn_sm120.problem import AttentionProblem, ClassifyProblem, CombineProblem
 
 
 @dataclass(frozen=True)
@@ -77,6 +86,12 @@ class Recorder:
         self.problems.append(problem)
 
         def launch(*arguments):
+            if isinstance(problem, AttentionProblem) and problem.dual_group:
+                named = DualGroupArguments(*arguments)
+                self.calls.append(named._replace(lengths=GroupLengths(*named.lengths)))
+                for tensor in (named.out0, named.out1):
+                    tensor.fill_(1.0)
+                return
             if isinstance(problem, ClassifyProblem):
                 named = ClassifyArguments(*arguments)
                 self.calls.append(named._replace(lengths=Lengths(*named.lengths)))
