@@ -22,8 +22,9 @@ def arguments(**changes):
     """Of a right call, but for `changes` (and the CPU)."""
     return {
         "q0": t(9, 4, 64), "q1": t(6, 4, 64), "k": t(20, 2, 64), "v": t(20, 2, 64),
-        "cu_seqlens_q0": ints("cpu", 0, 4, 9), "cu_seqlens_q1": ints("cpu", 0, 6, 6), "cu_seqlens_k": ints("cpu", 0, 5, 20),
-        "max_seqlen_q0": 5, "max_seqlen_q1": 6, "max_seqlen_k": 15, "max_kv_len_q0": 3, "max_kv_len_q1": 15, **changes,
+        "cu_seqlens_q0": ints("cpu", 0, 4, 9), "cu_seqlens_q1": ints("cpu", 0, 6, 6),
+        "cu_seqlens_k": ints("cpu", 0, 5, 20), "max_seqlen_q0": 5, "max_seqlen_q1": 6, "max_seqlen_k": 15,
+        "max_kv_len_q0": 3, "max_kv_len_q1": 15, **changes,
     }  # fmt: skip
 
 
