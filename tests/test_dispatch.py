@@ -52,7 +52,8 @@ def test_a_block_has_its_registers_where_they_cannot_change_hands(head_dim, kv_d
 @pytest.mark.parametrize("kernel", TILES)
 def test_the_tables_are_searched_from_small_to_large(kernel):
     narrow = [row for row in TILES[kernel] if row in NARROW_TILES]
-    for rows in ([row for row in TILES[kernel] if row not in narrow], narrow):
+    assert bool(narrow) == (kernel != "dual_group")  # which has neither lists nor functions of the caller
+    for rows in filter(None, ([row for row in TILES[kernel] if row not in narrow], narrow)):
         dims = [(row.head_dim, row.head_dim_v) for row in rows]
         assert dims == sorted(dims)
         assert dims[-1] == (256, 256)

@@ -3,6 +3,7 @@
 FLASH_ATTN_SM120_EXAMPLES says how many random calls; a GPU gets the full sizes.
 """
 
+import math
 import os
 
 import dual_group_cases
@@ -12,7 +13,11 @@ from hypothesis import HealthCheck, given, note, settings
 from hypothesis import strategies as st
 from oracle import marks, rand
 
-from flash_attn_sm120 import flash_attn_varlen_func, replace_execute_grouped_attention_with_fused_varlen
+from flash_attn_sm120 import (
+    flash_attn_varlen_func,
+    fused_zigzag_llama3_flash_attn_varlen_forward,
+    replace_execute_grouped_attention_with_fused_varlen,
+)
 from flash_attn_sm120.matrix import largest_difference
 
 EXAMPLES = int(os.environ.get("FLASH_ATTN_SM120_EXAMPLES", "6"))
@@ -68,6 +73,23 @@ def test_groups_without_rows_or_keys(device, full):
         way = {"head_dims": (128, 128), "causal": False}
         run(on, [[40], [70]], [700], [90, 650], window_size=(33, 0), **way)
         run(on, [[70], [40]], [700], [650, 200], window_size=(20, 30), **way)
+
+
+def test_keys_behind_every_range_are_not_read(device):
+    """NaN behind the longest range with rows, and in the sequence that nobody sees."""
+    on = device.torch_device
+    q0, q1 = rand(on, 40, 2, 64), rand(on, 20, 2, 64)
+    k, v = rand(on, 200, 1, 64), rand(on, 200, 1, 64)
+    lengths = (marks(on, 40, 0), marks(on, 20, 0), marks(on, 150, 50))
+    for limits in ((70, 100), (100, 70)):
+        end = max(limits)
+        right = fused_zigzag_llama3_flash_attn_varlen_forward(q0, q1, k, v, *lengths, 40, 20, 150, *limits)
+        assert not any(x.isnan().any() for x in right)
+        poisoned = [x.clone() for x in (k, v)]
+        for x in poisoned:
+            x[end:] = math.nan
+        found = fused_zigzag_llama3_flash_attn_varlen_forward(q0, q1, *poisoned, *lengths, 40, 20, 150, *limits)
+        assert all(torch.equal(one, other) for one, other in zip(found, right, strict=True))
 
 
 @st.composite
