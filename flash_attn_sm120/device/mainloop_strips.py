@@ -152,12 +152,11 @@ class StripTile(ForwardTile):
             self.load(i, way)
 
     def load(self, i: Int32, way: Way) -> None:
-        """The i-th block. Where the sequence's keys lie is read from memory each time: addresses that were held since
-        the first block wouldn't fit a loading warp's registers."""
-        loader = self.loader.anew(read_start_k(self.way_note()))
-        n, stage = (self.way() if self.may_have_gap else way).number(i), self.stage(i)
-        loader.load_k(n, stage)
-        loader.load_v(n, stage)
+        """The i-th block. Where the sequence's keys lie is read from memory for each tile: addresses that were held
+        wouldn't fit a loading warp's registers."""
+        for load in (KeyLoader.load_k, KeyLoader.load_v):
+            loader = self.loader.anew(read_start_k(self.way_note()))
+            load(loader, (self.way() if self.may_have_gap else way).number(i), self.stage(i))
 
     @cute.jit
     def multiply(self):
