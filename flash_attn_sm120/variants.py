@@ -142,9 +142,8 @@ def dual_group_variants() -> list[AttentionProblem]:
         ("bfloat16", 64, 64, {"mask": "causal"}),
         ("bfloat16", 96, 96, {"mask": "local", "softcap": True, "sink": "float32", "padded_lse": True}),
         ("float16", 128, 128, {"mask": "causal", "seqused_k": True}),
-        ("float16", 128, 128, {"mask": "full", "softcap": True}),
         ("bfloat16", 128, 128, {"mask": "local"}),
-        ("bfloat16", 192, 128, {"mask": "causal", "padded_lse": True, "sink": "bfloat16"}),
+        ("bfloat16", 192, 128, {"mask": "full", "padded_lse": True, "sink": "bfloat16"}),
         ("bfloat16", 256, 256, {"mask": "local", "softcap": True}),
     ]
     return [AttentionProblem(*dims, **own | options) for *dims, options in ways]

@@ -20,7 +20,7 @@ from flash_attn_sm120 import (
 )
 from flash_attn_sm120.matrix import largest_difference
 
-EXAMPLES = int(os.environ.get("FLASH_ATTN_SM120_EXAMPLES", "6"))
+EXAMPLES = int(os.environ.get("FLASH_ATTN_SM120_EXAMPLES", "5"))
 RATIOS = [1, 2, 3, 4, 8]
 
 
@@ -65,7 +65,9 @@ def test_several_sequences(device, head_dim, dtype):
 def test_groups_without_rows_or_keys(device, full):
     """One group, none, ranges of 0; a window between whose ranges blocks lie that nobody sees."""
     run, on = dual_group_cases.run, device.torch_device
-    way = {"head_dims": (128, 128), "dtype": torch.float16, "causal": False, "softcap": 2.0} if full else {}
+    way = {"head_dims": (192, 128), "causal": False, "padded_lse": True} if full else {}
+    if full:
+        way["learnable_sink"] = rand(on, 4)
     run(on, [[0, 0], [40, 3]], [70, 20], [70, 70], **way)
     run(on, [[40, 3], [0, 0]], [70, 20], [0, 70], **way)
     run(on, [[5, 40, 0], [7, 0, 0]], [60, 0, 33], [0, 70], **way)
@@ -129,7 +131,7 @@ def test_random_calls(device):
     from flash_attn_sm120.variants import dual_group_variants
 
     problems = dual_group_variants()
-    problems = device.pick(problems, [problems[i] for i in (0, 2, 4)])  # which other tests have compiled
+    problems = device.pick(problems, [problems[i] for i in (0, 2, 3)])  # which other tests have compiled
 
     @settings(max_examples=EXAMPLES, deadline=None, suppress_health_check=list(HealthCheck), print_blob=True)
     @given(dual_calls(problems, device.pick(700, 70)))
