@@ -109,19 +109,23 @@ def fused_zigzag_llama3_flash_attn_varlen_forward(
         call = _prepare((q0, q1), k, v, marks, lengths, limits, learnable_sink, outs, options)
         if key is not None:
             calls.remember(key, call)
-    given = {"q0": q0, "q1": q1, "k": k, "v": v, "learnable_sink": learnable_sink, "out0": out0, "out1": out1}
-    if any(tensor is not None and tensor.requires_grad for tensor in given.values()):
-        checks.check_forward_only(given)
+    if q0.requires_grad or q1.requires_grad or k.requires_grad or v.requires_grad:
+        checks.check_forward_only({"q0": q0, "q1": q1, "k": k, "v": v})
         q0, q1, k, v = (tensor.detach() for tensor in (q0, q1, k, v))
+    if not (learnable_sink is out0 is out1 is None):
+        checks.check_forward_only({"learnable_sink": learnable_sink, "out0": out0, "out1": out1})
         learnable_sink = None if learnable_sink is None else learnable_sink.detach()
     if checks.VALUE_CHECKS:
         _check_values((q0, q1), k, marks, lengths)
 
-    results = [q0.new_empty(shape) if out is None else out for out, shape in zip(outs, call.out_shapes, strict=True)]
+    results = (
+        q0.new_empty(call.out_shapes[0]) if out0 is None else out0,
+        q0.new_empty(call.out_shapes[1]) if out1 is None else out1,
+    )
+    lses = tuple(q0.new_empty(shape, dtype=torch.float32) for shape in call.lse_shapes)
     if padded_lse:
-        lses = [q0.new_full(shape, -math.inf, dtype=torch.float32) for shape in call.lse_shapes]
-    else:
-        lses = [q0.new_empty(shape, dtype=torch.float32) for shape in call.lse_shapes]
+        for lse in lses:
+            lse.fill_(-math.inf)
     if call.launcher is not None:
         targets = results
         if not (out0 is out1 is None):
@@ -138,13 +142,14 @@ def fused_zigzag_llama3_flash_attn_varlen_forward(
                 call.launcher(*arguments)
         else:
             call.launcher(*arguments)
-        for target, result in zip(targets, results, strict=True):
-            if target.data_ptr() != result.data_ptr():
-                result.detach().copy_(target)
+        if targets is not results:
+            for target, result in zip(targets, results, strict=True):
+                if target.data_ptr() != result.data_ptr():
+                    result.detach().copy_(target)
     return (*results, *lses)
 
 
-def _targets(outs: tuple, results: list, inputs: tuple, call: DualGroupCall) -> list[torch.Tensor]:
+def _targets(outs: tuple, results: tuple, inputs: tuple, call: DualGroupCall) -> list[torch.Tensor]:
     """results, or temporaries where the kernel can't write them."""
     targets = []
     for out, result, writable in zip(outs, results, call.writable, strict=True):
