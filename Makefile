@@ -16,6 +16,7 @@ demo: $(READY)
 
 test: $(READY) lint
 	$(RUN) -m pytest -q -n $(WORKERS) --dist worksteal --ignore tests/integration
+	$(RUN) -m pytest -q tests/integration/test_resolver.py -k pins
 
 test-vllm: $(READY) $(VLLM)
 	$(RUN) -m pytest -q tests/integration

@@ -1,7 +1,7 @@
 """The arguments of a launcher and of every kernel's __call__, in their order; the stream follows, implicitly, last.
 
 On the host the fields hold tensors and numbers, while a kernel is compiled the DSL's values; a tensor that a problem
-lacks is None.
+lacks is None. SeqlenInfo is an argument of mods.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ class Dropout(NamedTuple):
     """Which weights are dropped, and what the others are multiplied by."""
 
     seed: Any  # (2,) int64, 32 bits each
-    threshold: Any  # of dropout.threshold, int32
+    threshold: Any  # of dropout.thresholds, int32
     carry: Any  # likewise
     factor: Any  # float32
 
@@ -136,3 +136,12 @@ class ClassifyArguments(NamedTuple):
     aux: tuple = ()  # the mask_mod's tensors, then its scalars
     seqlen_q: Any = 0  # of every sequence, or the most that one has
     seqlen_k: Any = 0
+
+
+class SeqlenInfo(NamedTuple):
+    """What mods are told of a sequence: Int32 in a kernel, ints in the reference."""
+
+    seqlen_q: Any
+    seqlen_k: Any
+    offset_q: Any  # its first row in a packed tensor, 0 otherwise
+    offset_k: Any  # likewise

@@ -81,25 +81,28 @@ def load(problem: Problem, arch: str) -> Callable:
     return launcher
 
 
-def build_best(problem: Problem, arch: str, keep: bool = False) -> tuple[Any, Plan | None]:
+def build_best(problem: Problem, arch: str, keep: bool = False, lines: bool = False) -> tuple[Any, Plan | None]:
     """(what build makes of the first of the problem's plans that needs no stack, or of the last, that plan)."""
     plans = candidates(problem, arch) if isinstance(problem, AttentionProblem) else [None]
     for plan in plans[:-1]:
-        built = build(problem, plan, arch, keep=True)
+        built = build(problem, plan, arch, keep=True, lines=lines)
         if not any(kernel.stack_bytes for kernel in cubin.read(built.__cubin__)):
             return built, plan
-    return build(problem, plans[-1], arch, keep), plans[-1]
+    return build(problem, plans[-1], arch, keep, lines), plans[-1]
 
 
-def build(problem: Problem, plan: Plan | None, arch: str, keep: bool = False):
-    """Compiles for `arch`, with or without a GPU here. keep: the result carries __ptx__ and __cubin__."""
+def build(problem: Problem, plan: Plan | None, arch: str, keep: bool = False, lines: bool = False):
+    """Compiles for `arch`, with or without a GPU here. keep: the result carries __ptx__ and __cubin__. lines: the PTX
+    says which Python line each instruction is of, and the compilation takes two thirds longer."""
     kernel = KERNELS[ONE_WAY[type(problem)]](problem) if plan is None else KERNELS[plan.kernel](problem, plan)
     options = f"--enable-tvm-ffi --gpu-arch {arch}"
     with warnings.catch_warnings(), tempfile.TemporaryDirectory() as folder:
         # A group of arguments that is empty for a problem is no mistake.
         warnings.filterwarnings("ignore", message=r"Argument (lengths|modifiers|aux) .* cannot be converted")
         if keep:  # what is kept is written to files too, by default in the current directory
-            options += f" --generate-line-info --keep-ptx --keep-cubin --dump-dir {folder}"
+            options += f" --keep-ptx --keep-cubin --dump-dir {folder}"
+        if lines:
+            options += " --generate-line-info"
         signature = {CombineProblem: _combine_signature, ClassifyProblem: _classify_signature}
         arguments = signature.get(type(problem), _signature)(problem)
         return cute.compile(kernel, *arguments, make_fake_stream(use_tvm_ffi_env_stream=True), options=options)

@@ -14,9 +14,8 @@ FP8_COPYING_WARPS = 4  # which convert
 # How a prefill kernel's tiles come into shared memory; strips: by cp.async, Q by the warps that have its rows.
 WAYS = ("cp_async", "pages", "page_boxes", "fp8", "tma", "strips")
 # Attributes of a problem that take registers from the main loop.
-SCORES = ("softcap", "sink", "alibi", "chunked", "context_parallel", "k_descale", "v_descale")
 CHANGES = ("dropout", "score_mod", "mask_mod", "block_sparse")
-MODIFIERS = (*SCORES, *CHANGES)
+MODIFIERS = ("softcap", "sink", "alibi", "chunked", "context_parallel", "k_descale", "v_descale", *CHANGES)
 MAX_SPLITS = 64  # parts of a sequence in a decode
 TILE_NOTE_BYTES = 48  # what a thread block writes down instead of keeping it in registers, behind the tiles
 SECOND_NOTE_BYTES = 48

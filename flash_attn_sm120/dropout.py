@@ -25,11 +25,16 @@ SPREAD = (6, 7, 14, 15, 22, 23, 30, 31)  # where the bits of a group's number li
 def thresholds(dropout_p: float) -> tuple[int, int]:
     """(threshold, in each byte of an int32; carry, as signed int32): a weight is dropped where its 7 bits are below the
     threshold, or below one more where its group's bits, spread, are below the carry."""
-    whole, part = divmod(round(dropout_p * (1 << BITS)), 1 << BITS - OWN_BITS)
+    whole, part = split_chance(dropout_p)
     if whole == 1 << OWN_BITS:  # all are
         whole, part = whole - 1, 1 << BITS - OWN_BITS
     carry = spread_bits(part) if part < 1 << BITS - OWN_BITS else WORD
     return whole * 0x01010101, carry - (carry >> 31 << 32)
+
+
+def split_chance(dropout_p: float) -> tuple[int, int]:
+    """(what a weight's own bits are compared with, what its group's are) of a chance that is rounded to 2^-BITS."""
+    return divmod(round(dropout_p * (1 << BITS)), 1 << BITS - OWN_BITS)
 
 
 def spread_bits(value: int) -> int:
@@ -77,7 +82,7 @@ def kept(
     axes = (torch.arange(axis.start, axis.stop, device=device) for axis in (batches, heads, *groups))
     b, h, row, group = torch.meshgrid(*axes, indexing="ij")
     words = torch.stack(philox((group, row, h, b), key), -1)
-    whole, part = divmod(round(dropout_p * (1 << BITS)), 1 << BITS - OWN_BITS)
+    whole, part = split_chance(dropout_p)
     group_number = sum((words[..., 1 - i % 2] >> (place | 1) & 1) << i for i, place in enumerate(SPREAD))
     limit = whole + (group_number < part).long()
     # (batches, heads, 16s of rows, row of 8, 32s of columns, pair, 8s of columns, which of two rows, which of the pair)

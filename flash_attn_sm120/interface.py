@@ -16,7 +16,7 @@ from flash_attn_sm120 import calls, checks
 from flash_attn_sm120.arguments import Modifiers
 from flash_attn_sm120.block_sparse import BlockSparseTensors
 from flash_attn_sm120.calls import Call, Options, Tensors
-from flash_attn_sm120.changes import Changes, changes_of, kernel_fields
+from flash_attn_sm120.changes import UNCHANGED, Changes, changes_of, kernel_fields
 from flash_attn_sm120.changes import signature as change_signature
 from flash_attn_sm120.checks_serving import check_num_splits, check_q_descale, one_of
 from flash_attn_sm120.dispatch import use_decode
@@ -152,15 +152,12 @@ def flash_attn_func(
         softmax_scale, causal, window_size, softcap, return_lse, num_splits,
         attention_chunk, cp_world_size, cp_rank, None, None,
     )  # fmt: skip
-    if is_compiling():
-        given = (dropout_p, dropout_seed, score_mod, mask_mod, aux_tensors, aux_scalars, block_sparse_tensors)
-        return _in_graph(q, k, v, tensors, options, out, given, return_rng_state)
-    changes = None
+    given = UNCHANGED
     if dropout_p or not (score_mod is mask_mod is aux_tensors is aux_scalars is block_sparse_tensors is None):
         given = (dropout_p, dropout_seed, score_mod, mask_mod, aux_tensors, aux_scalars, block_sparse_tensors)
-        changes = changes_of(q, *given)
-    result = _forward(q, k, v, tensors, options, out, changes=changes)
-    return _with_rng_state(result, changes) if return_rng_state else result
+    if is_compiling():
+        return _in_graph(q, k, v, tensors, options, out, given, return_rng_state)
+    return _forward(q, k, v, tensors, options, out, given, return_rng_state)
 
 
 def flash_attn_varlen_func(
@@ -242,23 +239,20 @@ def flash_attn_varlen_func(
         cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k, page_table,
         cp_tot_seqused_k, learnable_sink, alibi_slopes, k_descale, v_descale,
     )  # fmt: skip
+    given = UNCHANGED
+    if dropout_p or not (score_mod is mask_mod is aux_tensors is aux_scalars is block_sparse_tensors is None):
+        given = (dropout_p, dropout_seed, score_mod, mask_mod, aux_tensors, aux_scalars, block_sparse_tensors)
     if is_compiling():
         options = (
             softmax_scale, causal, window_size, softcap, return_lse, num_splits,
             attention_chunk, cp_world_size, cp_rank, max_seqlen_q, max_seqlen_k,
         )  # fmt: skip
-        given = (dropout_p, dropout_seed, score_mod, mask_mod, aux_tensors, aux_scalars, block_sparse_tensors)
         return _in_graph(q, k, v, tensors, options, out, given, return_rng_state)
     options = (
         softmax_scale, causal, window_size, softcap, return_lse, num_splits, attention_chunk, cp_world_size, cp_rank,
         *most_of(max_seqlen_q, max_seqlen_k, num_splits),
     )  # fmt: skip
-    changes = None
-    if dropout_p or not (score_mod is mask_mod is aux_tensors is aux_scalars is block_sparse_tensors is None):
-        given = (dropout_p, dropout_seed, score_mod, mask_mod, aux_tensors, aux_scalars, block_sparse_tensors)
-        changes = changes_of(q, *given)
-    result = _forward(q, k, v, tensors, options, out, max_seqlen_q, max_seqlen_k, changes)
-    return _with_rng_state(result, changes) if return_rng_state else result
+    return _forward(q, k, v, tensors, options, out, given, return_rng_state, max_seqlen_q, max_seqlen_k)
 
 
 def most_of(max_seqlen_q: Any, max_seqlen_k: Any, num_splits: Any) -> tuple[int | None, int | None]:
@@ -290,11 +284,14 @@ def _forward(
     tensors: tuple,
     options: tuple,
     out: torch.Tensor | None,
+    given: tuple,
+    return_rng_state: bool = False,
     max_seqlen_q: int | None = None,
     max_seqlen_k: int | None = None,
-    changes: Changes | None = None,
-) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
-    """tensors and options: the fields of calls.Tensors and calls.Options; plain tuples are made in less time."""
+) -> Any:
+    """tensors and options: the fields of calls.Tensors and calls.Options; plain tuples are made in less time. given:
+    what changes_of takes after q, or UNCHANGED itself."""
+    changes = None if given is UNCHANGED else changes_of(q, *given)
     try:
         # True == 1 and hashes alike, but only one of them is a bool
         key = (
@@ -331,7 +328,9 @@ def _forward(
             _launch(call, q, k, v, target, lse, tensors, changes)
         if out is not None and target.data_ptr() != out.data_ptr():
             out.detach().copy_(target)
-    return (result, lse) if lse is not None else result
+    if lse is not None:
+        result = (result, lse)
+    return _with_rng_state(result, changes) if return_rng_state else result
 
 
 def _launch(

@@ -34,9 +34,8 @@ def prepare(
     if changes is not None:
         problem = _changed(problem, changes, q, k, tensors, options, num_splits, batch)
     problem, cut = _with_decode(problem, num_splits, q, k, tensors, options, numbers, batch)
-    if problem.paged and not (
-        problem.decode or problem.kv_dtype
-    ):  # strides choose a way for pools and dense calls only
+    # strides choose a way for pools and dense calls only
+    if problem.paged and not (problem.decode or problem.kv_dtype):
         problem = replace(problem, tma_strides=all(map(has_tma_strides, (k, v))))
     elif not (problem.varlen or problem.paged or problem.decode):
         problem = replace(problem, tma_strides=all(map(has_tma_strides, (q, k, v))))

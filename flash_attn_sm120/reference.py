@@ -11,10 +11,11 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 import torch
 
+from flash_attn_sm120.arguments import SeqlenInfo
 from flash_attn_sm120.dropout import kept, seed_words
 
 if TYPE_CHECKING:
@@ -59,15 +60,6 @@ class Factors:
         """Those of some heads."""
         own = (self.k_descale, self.v_descale, self.sink, self.slopes)
         return Factors(*(None if factor is None else factor[heads] for factor in own))
-
-
-class SeqlenInfo(NamedTuple):
-    """What mods are told of a sequence. offset_q, offset_k: its first row in a packed tensor, 0 otherwise."""
-
-    seqlen_q: int
-    seqlen_k: int
-    offset_q: int
-    offset_k: int
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from cutlass import Boolean, Float32, Int32, cute
 from cutlass.cute.runtime import make_fake_stream, make_fake_tensor
 
 from flash_attn_sm120 import simulator
-from flash_attn_sm120.mods.parts import vector
+from flash_attn_sm120.device.mods import vector
 
 DTYPES = {
     torch.float32: Float32,
@@ -77,7 +77,7 @@ def compiled(mod, scored: bool, aux, folder):
     info = Info(*[Int32(0)] * 4)
     own = tuple(_fake(x) if isinstance(x, torch.Tensor) else _number(x) for x in aux)
     arguments = (_fake(torch.empty(0, 0, 0, 0)), _fake(torch.empty(0, 0, 0, 0)) if scored else None, info, own)
-    options = f"--enable-tvm-ffi --gpu-arch sm_120a --keep-ptx --generate-line-info --dump-dir {folder}"
+    options = f"--enable-tvm-ffi --gpu-arch sm_120a --keep-ptx --dump-dir {folder}"
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=r"Argument aux .* cannot be converted")  # where it is empty
         return cute.compile(Everywhere(mod), *arguments, make_fake_stream(use_tvm_ffi_env_stream=True), options=options)

@@ -1,6 +1,7 @@
 """One case of every variant in the dispatcher's table, ragged on all sides, against the reference.
 
-`python tests/test_variants.py` runs the same cases without pytest, for compute-sanitizer.
+The machine code for sm_120a is audited too. `python tests/test_variants.py` runs the same cases without pytest, for
+compute-sanitizer.
 """
 
 import dual_group_cases
@@ -10,8 +11,10 @@ import torch
 from oracle import assert_right, ints, marks, rand, variant_name
 from serving_cases import Case
 from sparse_cases import random_blocks
+from test_compile import audit
 
-from flash_attn_sm120 import calls, cubin, launchers
+from flash_attn_sm120 import calls, launchers
+from flash_attn_sm120.compile import build_best
 from flash_attn_sm120.problem import AttentionProblem, CombineProblem
 from flash_attn_sm120.variants import changed_variants, dual_group_variants, variants
 
@@ -131,7 +134,11 @@ def test_variant(problem, device, monkeypatch):
     if device.size == "short":  # what was run is kept
         from flash_attn_sm120.simulator.attention import artifact
 
-        assert [kernel.stack_bytes for kernel in cubin.read(artifact(problem, "sm_120a").__cubin__)] == [0]
+        built = artifact(problem, "sm_120a")
+        audit(problem, built.plan, built.__cubin__)
+    else:
+        built, plan = build_best(problem, "sm_120a", keep=True)
+        audit(problem, plan, built.__cubin__)
 
 
 if __name__ == "__main__":

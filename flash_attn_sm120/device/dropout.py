@@ -69,20 +69,12 @@ class Dropper:
             found = [cutlass.select_(part == 0, found[n], found[n + n_frags]) for n in range(n_frags)]
         return found[:n_frags]
 
-    def kept(self, m_frags: int, n_frags: int) -> Kept:
-        return Kept([self.signs(m, n_frags) for m in range(m_frags)])
-
-
-@dataclass(frozen=True)
-class Kept:
-    """What signs found, for each m."""
-
-    signs: list[list[Int32]]
-
     def drop(self, tOrP: list) -> list:
         """What is left of P as update of softmax.py returns it."""
         left = [[list(pairs) for pairs in row] for row in tOrP]
-        for m, row in enumerate(self.signs):
+        n_frags = 2 * len(tOrP[0])
+        found = [self.signs(m, n_frags) for m in range(len(tOrP))]  # of all rows before the first is dropped
+        for m, row in enumerate(found):
             for n, word in enumerate(row):
                 for half, signs in enumerate(SIGNS):
                     place = 2 * (n % 2) + half

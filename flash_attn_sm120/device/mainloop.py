@@ -297,7 +297,7 @@ class ForwardTile:
             self.mask(n)
         tOrP = self.softmax.update(self.tSrS, self.tOrO, config.mma_dtype)
         if config.problem.dropout:
-            tOrP = self.dropper(self.number_anew(i)).kept(*self.tSrS.shape[:2]).drop(tOrP)
+            tOrP = self.dropper(self.number_anew(i)).drop(tOrP)
         sV = config.layout_v.matrix(shared, self.lane, config.offset_v)
         pv_product(sV, tOrP, self.tOrO, config.mma_dtype)
 

@@ -14,17 +14,9 @@ from cutlass import Boolean, Float32, Int32, cute
 from cutlass._mlir import ir
 from cutlass._mlir.dialects import vector as mlir_vector
 
+from flash_attn_sm120.arguments import SeqlenInfo
 from flash_attn_sm120.checks import describe, refuse
 from flash_attn_sm120.problem import Mod
-
-
-class SeqlenInfo(NamedTuple):
-    """Of the sequence, Int32. offset_q, offset_k: its first row in a packed tensor, 0 otherwise."""
-
-    seqlen_q: Any
-    seqlen_k: Any
-    offset_q: Any
-    offset_k: Any
 
 
 class Place(NamedTuple):

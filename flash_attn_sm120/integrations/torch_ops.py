@@ -16,7 +16,7 @@ import torch
 
 from flash_attn_sm120 import checks, interface
 from flash_attn_sm120.calls import Options, Tensors
-from flash_attn_sm120.changes import changes_of
+from flash_attn_sm120.changes import UNCHANGED
 from flash_attn_sm120.dropout import seed_tensor
 
 NAMESPACE = "flash_attn_sm120"
@@ -163,12 +163,8 @@ def _call(
     """What the public functions do, from the fields of calls.Tensors and calls.Options."""
     *fixed, max_seqlen_q, max_seqlen_k = options
     most = interface.most_of(max_seqlen_q, max_seqlen_k, Options(*options).num_splits)
-    changed = None if changes == _UNCHANGED else changes_of(q, *changes)
-    result = interface._forward(q, k, v, tensors, (*fixed, *most), out, max_seqlen_q, max_seqlen_k, changed)
-    return interface._with_rng_state(result, changed) if return_rng_state else result
-
-
-_UNCHANGED = (0.0, None, None, None, None, None, None)
+    options = (*fixed, *most)
+    return interface._forward(q, k, v, tensors, options, out, changes, return_rng_state, max_seqlen_q, max_seqlen_k)
 
 
 def _run(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, out: torch.Tensor | None, named: dict[str, Any]) -> Any:
@@ -186,11 +182,11 @@ def _run(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, out: torch.Tensor | 
         get("softcap", 0.0), get("return_lse", False), get("num_splits", 0), get("attention_chunk", 0),
         get("cp_world_size", 1), get("cp_rank", 0), get("max_seqlen_q"), get("max_seqlen_k"),
     )  # fmt: skip
-    dropout_p, seed, changes = get("dropout_p", 0.0), get("dropout_seed"), _UNCHANGED
+    dropout_p, seed, changes = get("dropout_p", 0.0), get("dropout_seed"), UNCHANGED
     if dropout_p:
         if seed is None:
             checks.refuse("dropout_seed", "int64 of shape (2,) beside dropout_p", "None")
-        changes = (dropout_p, seed, *_UNCHANGED[2:])
+        changes = (dropout_p, seed, *UNCHANGED[2:])
     return _call(q, k, v, tensors, options, out, changes)
 
 

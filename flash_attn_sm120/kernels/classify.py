@@ -9,8 +9,8 @@ from __future__ import annotations
 import cutlass
 from cutlass import Boolean, Int32, cute
 
-from flash_attn_sm120.arguments import Lengths
-from flash_attn_sm120.device.mods import SeqlenInfo, call_mask_mod
+from flash_attn_sm120.arguments import Lengths, SeqlenInfo
+from flash_attn_sm120.device.mods import call_mask_mod
 from flash_attn_sm120.device.seqlen import clamp
 from flash_attn_sm120.problem import ClassifyProblem
 

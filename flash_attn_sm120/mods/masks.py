@@ -16,7 +16,8 @@ import cutlass
 from cutlass import Boolean, Int32
 
 from flash_attn_sm120.checks import check_flag, describe, refuse
-from flash_attn_sm120.mods.parts import finished, index_of, shift, vector
+from flash_attn_sm120.device.mods import vector
+from flash_attn_sm120.mods.parts import finished, index_of, shift
 
 
 def causal(*, vec_size: int = 1) -> Callable:

@@ -1,17 +1,17 @@
-"""What mods are made of: how one is finished, how its arguments are checked, and vectors of scalars."""
+"""What mods are made of: how one is finished, how its arguments are checked, and column numbers."""
 
 from __future__ import annotations
 
 import math
 import numbers
 import operator
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 from cutlass import Float32, cute
-from cutlass._mlir_helpers.vector import Vector
 
 from flash_attn_sm120.checks import describe, refuse
+from flash_attn_sm120.device.mods import vector
 
 VEC_SIZES = (1, 2, 4, 8)
 
@@ -46,11 +46,6 @@ def positive(name: str, value: Any) -> float:
     if not 0.0 < value < math.inf:
         refuse(name, "a finite number > 0", value)
     return float(value)
-
-
-def vector(values: Sequence[Any], dtype: type) -> cute.TensorSSA:
-    """(len(values),) of scalars of the DSL."""
-    return cute.TensorSSA(Vector.from_elements(tuple(values), dtype), (len(values),), dtype)
 
 
 def column_numbers(kv_idx: cute.TensorSSA, vec_size: int) -> cute.TensorSSA:

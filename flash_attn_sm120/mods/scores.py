@@ -16,8 +16,9 @@ import torch
 from cutlass import Float32, Int32, cute
 
 from flash_attn_sm120.checks import check_flag
+from flash_attn_sm120.device.mods import vector
 from flash_attn_sm120.device.ptx import exp2, reciprocal
-from flash_attn_sm120.mods.parts import column_numbers, finished, index_of, positive, shift, vector
+from flash_attn_sm120.mods.parts import column_numbers, finished, index_of, positive, shift
 
 
 def alibi(*, per_batch: bool = False, aux: int = 0, vec_size: int = 1) -> Callable:

@@ -27,10 +27,12 @@ if TYPE_CHECKING:
 
 @functools.lru_cache(maxsize=128)
 def artifact(problem: Problem, arch: str) -> Any:
-    """The problem's kernel as dispatch and compile make it, with its PTX kept."""
+    """The problem's kernel as dispatch and compile make it, with its PTX, its machine code and its plan kept."""
     from flash_attn_sm120.compile import build_best
 
-    return build_best(problem, arch, keep=True)[0]
+    built, built.plan = build_best(problem, arch, keep=True)
+    built.with_lines = functools.cache(lambda: build_best(problem, arch, keep=True, lines=True)[0])
+    return built
 
 
 class _Partials(NamedTuple):

@@ -13,6 +13,7 @@ from typing import Any
 from . import instructions  # noqa: F401  fills the table of instructions
 from .global_memory import GlobalMemory, Region
 from .host import HostProgram, Launch
+from .lines import located
 from .machine import Machine
 from .report import Report, SimulationError
 
@@ -109,6 +110,7 @@ def launch(
 
     artifact: from cute.compile with "--enable-tvm-ffi --keep-ptx"; "--generate-line-info" adds Python lines to reports.
     args: CPU tensors, numbers, None and tuples of them in the order of the call, without the stream.
+        Where it has an attribute with_lines, that makes the same function with line information, if it is needed.
     names: the arguments' names for reports; by default from the function's signature.
     outputs: name -> the tensor, or the view of it, that must be written in full; the tensor isn't read before that.
     Raises SimulationError at the first finding, UnsupportedInstruction for PTX that the interpreter doesn't know.
@@ -116,20 +118,35 @@ def launch(
     current = active() or Simulation("sm_120a")
     started = time.perf_counter()
     names = list(names) if names is not None else _names(artifact, len(args))
+    with_lines = getattr(artifact, "with_lines", None)
+    if current.edit is not None and with_lines is not None:  # what was edited has no twin
+        artifact = with_lines()
     host = _host_program(artifact, current.edit)
     launches = list(host(*args))
     memory = GlobalMemory(_regions(args, names, outputs))
     for each in launches:
         _check_launch(each)
         if 0 not in each.grid:
-            kernel = host.kernels[each.kernel]
-            Machine(kernel, each.grid, each.block, each.dynamic_smem, each.params, memory, current.batch_warps).run()
+            _interpret(host, each, memory, current.batch_warps, with_lines)
         current.launches.append(each)
     missing = memory.missing()
     if missing is not None:
         kernel = launches[-1].kernel if launches else ""
         raise SimulationError(Report("unwritten output", "no store reached this element", kernel, tensor=missing))
     current.seconds += time.perf_counter() - started
+
+
+def _interpret(
+    host: HostProgram, each: Launch, memory: GlobalMemory, batch_warps: int, with_lines: Callable[[], Any] | None
+) -> None:
+    kernel = host.kernels[each.kernel]
+    machine = Machine(kernel, each.grid, each.block, each.dynamic_smem, each.params, memory, batch_warps)
+    try:
+        machine.run()
+    except SimulationError as error:
+        if with_lines is None:
+            raise
+        raise SimulationError(located(error.report, host.kernels, with_lines())) from None
 
 
 def _check_launch(each: Launch) -> None:

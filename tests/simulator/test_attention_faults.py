@@ -1,13 +1,16 @@
 """Faults planted in the PTX of the attention kernel, through the public function."""
 
 import re
+from dataclasses import replace
 
 import pytest
 import torch
 
 pytest.importorskip("cutlass")
 from flash_attn_sm120 import flash_attn_func
-from flash_attn_sm120.simulator import SimulationError, simulate
+from flash_attn_sm120.arguments import Arguments, Lengths, Numbers
+from flash_attn_sm120.problem import AttentionProblem
+from flash_attn_sm120.simulator import SimulationError, load, simulate
 
 
 def attention(edit=None, seqlen_q=200, seqlen_k=190, batch=1, tma=False):
@@ -153,3 +156,22 @@ def test_converted_tile_that_is_stored_too_early(number):
         paged(edit, 0, 20, torch.float8_e4m3fn, length=140)  # more tiles than there is room for
     # a tile that is full twice before anybody has seen it is one that the matrix warps wait for in vain
     assert caught.value.report.kind in ("shared-memory race", "deadlock")
+
+
+@pytest.mark.parametrize("tma_strides", [False, True])
+def test_python_line_of_a_kernel_that_was_compiled_without(tma_strides):
+    """A launcher gets a v of too few pages, as nothing checks it there; with an edit, lines are in the PTX itself."""
+    problem = AttentionProblem("bfloat16", 64, 64, softcap=True, page_size=16, seqused_k=True, tma_strides=tma_strides)
+    reports = []
+    for edit in (None, lambda ptx: ptx):
+        q, k, v = (torch.ones(*shape, 2, 64).bfloat16() for shape in ((1, 40), (4, 16), (2, 16)))
+        lengths = Lengths(seqused_k=torch.tensor([64], dtype=torch.int32), page_table=torch.arange(4).int()[None])
+        given = Arguments(q, k, v, torch.empty_like(q), None, lengths, numbers=Numbers(1.0, 2.0))
+        with simulate(edit=edit), pytest.raises(SimulationError) as caught:
+            load(problem)(*given)
+        reports.append(caught.value.report)
+    found, expected = reports
+    file, line = expected.source.rsplit(":", 1)
+    assert "flash_attn_sm120/device" in file and int(line) > 0
+    assert found == replace(expected, ptx_line=found.ptx_line, ptx_text=found.ptx_text, address=found.address)
+    assert found.ptx_text.split()[0] == expected.ptx_text.split()[0]
