@@ -105,7 +105,7 @@ def test_compile_judges(stack, warps, verdict, monkeypatch, capsys):
     monkeypatch.setattr(cubin, "read", lambda data: [cubin.KernelResources("k", 168, stack, 1024)])
     assert cli.main(["compile", "--arch", "sm_120a,sm_121a"]) == (0 if verdict == "ok" else 1)
     text = capsys.readouterr().out
-    for arch in cli.ARCHES:
+    for arch in cli.compile.ARCHES:
         (line,) = (line for line in text.splitlines() if line.startswith(arch))
         assert "fp16 192/128 causal packed lse" in line and verdict in line and " 96.0 " in line
     assert f"{2 if verdict == 'ok' else 0} of 2 without a stack" in text
@@ -132,9 +132,9 @@ def test_compile_shows_predictions_and_says_when_it_cannot(monkeypatch, capsys):
 
 
 def test_explain():
-    assert "made for" in cli.explain((12, 0))[0] and "sm_120a" in cli.explain((12, 0))[1]
-    assert "aren't the best" in cli.explain((9, 0))[0] and "sm_90a" in cli.explain((9, 0))[1]
-    assert "can't be used" in cli.explain((7, 5))[0]
+    assert "made for" in cli.doctor.explain((12, 0))[0] and "sm_120a" in cli.doctor.explain((12, 0))[1]
+    assert "aren't the best" in cli.doctor.explain((9, 0))[0] and "sm_90a" in cli.doctor.explain((9, 0))[1]
+    assert "can't be used" in cli.doctor.explain((7, 5))[0]
 
 
 def test_table_and_colours(monkeypatch):

@@ -1,0 +1,127 @@
+"""flash-attn-sm120 compile: every kernel, what it takes of an SM and what its loop can reach."""
+
+from __future__ import annotations
+
+import argparse
+
+from flash_attn_sm120.cli.words import add_command
+from flash_attn_sm120.problem import AttentionProblem
+from flash_attn_sm120.terminal import paint, progress, table
+
+ARCHES = ("sm_120a", "sm_121a")
+SHORT = {
+    "bfloat16": "bf16",
+    "float16": "fp16",
+    "float32": "fp32",
+    "float8_e4m3fn": "e4m3",
+    "float8_e5m2": "e5m2",
+}
+DESCRIPTION = """\
+Compiles every kernel and shows what each takes of an SM, what its loop issues and the share of the mma.sync ceiling
+to expect. Needs no GPU; takes a few minutes.
+"""
+EPILOG = """\
+examples:
+  flash-attn-sm120 compile                    for RTX 50 and RTX PRO (sm_120a) and DGX Spark (sm_121a)
+  flash-attn-sm120 compile --arch sm_121a
+
+Exit code: 0 if no kernel spills and each keeps two matrix warps on a sub-partition, 1 otherwise.
+"""
+
+
+def add(commands: argparse._SubParsersAction) -> None:
+    text = "compile every kernel and show what each takes of an SM; needs no GPU"
+    parser = add_command(commands, "compile", text, DESCRIPTION, EPILOG)
+    parser.add_argument("--arch", type=arches, default=ARCHES, help="sm_120a, sm_121a or both, comma between them")
+    parser.set_defaults(run=run)
+
+
+def arches(text: str) -> tuple[str, ...]:
+    names = tuple(dict.fromkeys(name.strip() for name in text.split(",")))
+    for name in names:
+        if name not in ARCHES:
+            raise argparse.ArgumentTypeError(f"expected {' or '.join(ARCHES)}, got {name!r}")
+    return names
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Every variant for each target. 1 if one spills or keeps fewer than two matrix warps on a sub-partition."""
+    from flash_attn_sm120.sass import GET_NVDISASM, find_nvdisasm
+    from flash_attn_sm120.static_model import ASSUMPTIONS
+    from flash_attn_sm120.variants import changed_variants, variants
+
+    jobs = [(arch, problem) for arch in arguments.arch for problem in (*variants(), *changed_variants())]
+    measured = [measure(problem, arch) for arch, problem in progress(jobs, "compile")]
+    header = (
+        "target", "variant", "kernel", "tile", "warps", "registers", "stack", "shared KB", "blocks/SM",
+        "warps/sub-partition", "HMMA", "slots/HMMA", "rescale", "% at 16", "% at 32", "binds", "verdict",
+    )  # fmt: skip
+    print(table(header, [row for row, _ in measured], [None if good else "red" for _, good in measured]))
+    print(ASSUMPTIONS if find_nvdisasm() else f"No predictions: there is no nvdisasm here; {GET_NVDISASM}.")
+    failed = sum(not good for _, good in measured)
+    text = (
+        f"{len(measured) - failed} of {len(measured)} without a stack and with two matrix warps a sub-partition or more"
+    )
+    print(paint(text, "red" if failed else "green"))
+    return 1 if failed else 0
+
+
+def measure(problem: AttentionProblem, arch: str) -> tuple[tuple[str, ...], bool]:
+    """Compiles one variant: (its row of the table, whether it passes)."""
+    from flash_attn_sm120 import cubin
+    from flash_attn_sm120.compile import build_best
+    from flash_attn_sm120.occupancy import RESERVED_BYTES, SUB_PARTITIONS, occupancy
+
+    built, plan = build_best(problem, arch, keep=True)
+    binary = built.__cubin__
+    kernels = cubin.read(binary)
+    registers = max(kernel.registers for kernel in kernels)
+    stack = max(kernel.stack_bytes for kernel in kernels)
+    # From sm_90 on, a kernel's static shared memory counts the reserved KB.
+    static = max(max(kernel.shared_bytes for kernel in kernels) - RESERVED_BYTES, 0)
+    shared = plan.smem_bytes + static
+    held = occupancy(registers, plan.num_warps + plan.loading_warps, shared, plan.num_warps)
+    complaints = []
+    if stack:
+        complaints.append("spills")
+    if held.matrix_warps < 2 * SUB_PARTITIONS:
+        complaints.append(f"too few matrix warps ({held.limit})")
+    elif held.blocks < plan.blocks_per_sm:
+        complaints.append(f"{plan.blocks_per_sm} blocks planned ({held.limit})")
+    row = (
+        arch, label(problem), plan.kernel, f"{plan.tile_m}x{plan.tile_n}", plan.num_warps, registers, stack,
+        f"{shared / 1024:.1f}", held.blocks, f"{held.warps_a_sub_partition:g}",
+        *_predicted(binary, int(held.warps_a_sub_partition)), ", ".join(complaints) or "ok",
+    )  # fmt: skip
+    return tuple(map(str, row)), not complaints
+
+
+def _predicted(binary: bytes, warps: int) -> tuple[str, ...]:
+    """The static model's cells. Its columns are for reading: they don't change the verdict."""
+    from flash_attn_sm120.sass import NotAvailable
+    from flash_attn_sm120.static_model import predict
+
+    try:
+        if not warps:
+            raise NotAvailable("an SM holds no block")
+        found = predict(binary, warps)
+    except NotAvailable as reason:
+        return ("-", "-", "-", "-", "-", f"not available: {reason}")
+    percents = (f"{percent:.0f}" for percent in found.percent.values())
+    binds = " / ".join(dict.fromkeys(found.binds.values()))
+    return (str(found.hmma), f"{found.other / found.hmma:.2f}", str(found.rescale), *percents, binds)
+
+
+def label(problem: AttentionProblem) -> str:
+    """A problem in a few words, such as `bf16 192/128 causal packed lse`."""
+    words = [SHORT[problem.dtype], f"{problem.head_dim}/{problem.head_dim_v}", problem.mask]
+    packed = {(True, True): "packed", (True, False): "packed q", (False, True): "packed k"}
+    words.append(packed.get((problem.packed_q, problem.packed_k), ""))
+    words.append(f"pages of {problem.page_size}" if problem.paged else "")
+    words.append(problem.kv_dtype and f"{SHORT[problem.kv_dtype]} KV")
+    words.append(problem.sink and f"{SHORT[problem.sink]} sink")
+    flags = ("seqused_q", "seqused_k", "softcap", "alibi", "chunked", "context_parallel", "k_descale", "v_descale")
+    words += [name for name in (*flags, "dropout", "score_mod", "mask_mod", "lse") if getattr(problem, name)]
+    words.append("blocks {}x{}".format(*problem.sparse_block) if problem.block_sparse else "")
+    words.append("" if problem.tma_strides else "repeated rows")
+    return " ".join(filter(None, words))
