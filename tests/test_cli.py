@@ -25,7 +25,7 @@ def test_help_needs_neither_torch_nor_cutlass():
     )
     answer = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert answer.returncode == 0, answer.stderr
-    for command in ("doctor", "check", "compile"):
+    for command in ("doctor", "check", "bench", "compile"):
         assert command in answer.stdout
 
 

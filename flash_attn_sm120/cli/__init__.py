@@ -8,15 +8,16 @@ import sys
 from collections.abc import Sequence
 
 from flash_attn_sm120 import __version__
-from flash_attn_sm120.cli import check, compile, doctor
+from flash_attn_sm120.cli import bench, check, compile, doctor
 
-COMMANDS = (doctor, check, compile)
+COMMANDS = (doctor, check, bench, compile)
 INTERRUPTED = 130  # 128 + SIGINT, as shells have it
 DESCRIPTION = "The attention forward for NVIDIA SM120 and SM121 (GeForce RTX 50, RTX PRO 6000, DGX Spark)."
 EPILOG = """\
 start with:
   flash-attn-sm120 doctor                     is all there that a call needs?
   flash-attn-sm120 check                      are the results right on this GPU?
+  flash-attn-sm120 bench                      how fast is it here, beside other packages?
   flash-attn-sm120 COMMAND --help             options and examples of a command
 
 Exit codes: 0 all is well, 1 something isn't (the last line says what), 2 wrong command line, 130 interrupted.
