@@ -23,6 +23,7 @@ test-vllm: $(READY) $(VLLM)
 lint: $(READY)
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
+	$(RUN) -m mypy
 
 # A PyTorch that already drives a GPU is its owner's choice and stays; else torch comes first and by itself, so that
 # nothing that is installed after it picks another build.
@@ -46,4 +47,4 @@ $(VLLM): $(READY) tests/integration/vllm_python.py tests/integration/vllm_requir
 	@touch $@
 
 clean:
-	rm -rf .venv build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
+	rm -rf .venv build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis

@@ -25,7 +25,7 @@ from flash_attn_sm120.scheduling import SchedulerMetadata, splits_of
 from flash_attn_sm120.strides import aligned, aligned_pool, target_for
 from flash_attn_sm120.workspace import partials
 
-NO_TENSORS = (None,) * len(Tensors._fields)
+NO_TENSORS: tuple = (None,) * len(Tensors._fields)
 NO_MODIFIERS = Modifiers()
 KEYS_STEP = 256  # max_seqlen_k counts in steps
 
@@ -37,7 +37,7 @@ def flash_attn_func(
     *,
     softmax_scale: float | None = None,
     causal: bool = False,
-    window_size: tuple[int | None, int | None] = (-1, -1),
+    window_size: Sequence[int | None] = (-1, -1),
     softcap: float = 0.0,
     learnable_sink: torch.Tensor | None = None,
     s_aux: torch.Tensor | None = None,
@@ -178,7 +178,7 @@ def flash_attn_varlen_func(
     block_table: torch.Tensor | None = None,
     softmax_scale: float | None = None,
     causal: bool = False,
-    window_size: tuple[int | None, int | None] = (-1, -1),
+    window_size: Sequence[int | None] = (-1, -1),
     softcap: float = 0.0,
     learnable_sink: torch.Tensor | None = None,
     s_aux: torch.Tensor | None = None,
@@ -295,6 +295,7 @@ def _forward(
     changes: Changes | None = None,
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
     """tensors and options: the fields of calls.Tensors and calls.Options; plain tuples are made in less time."""
+    key: tuple | None
     try:
         # True == 1 and hashes alike, but only one of them is a bool
         key = (
@@ -345,7 +346,8 @@ def _launch(
     changes: Changes | None,
 ) -> None:
     """On tensors that kernels can follow. tensors: as in _forward."""
-    lengths, modifiers = tensors[:6], NO_MODIFIERS
+    lengths: tuple = tensors[:6]
+    modifiers: tuple = NO_MODIFIERS
     if lengths[5] is not None and not call.context_parallel:
         lengths = (*lengths[:5], None)
     if call.modifiers is not None:

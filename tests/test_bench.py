@@ -154,7 +154,7 @@ def test_dense_peers_of_decode_get_the_rows_of_the_pages(cache, monkeypatch):
 
 
 class Wrapper:
-    """What FlashInfer's wrappers do by their documentation: sequence i has the pages indices[indptr[i]:indptr[i + 1]]."""
+    """What FlashInfer's wrappers do by their documentation."""
 
     def __init__(self, workspace, layout, **options):
         assert layout == "NHD" and options.pop("backend") == "fa2" and set(options) <= {"use_tensor_cores"}
