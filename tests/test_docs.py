@@ -55,12 +55,8 @@ def defined(module: str, name: str) -> bool:
         return True
     else:
         source = path / "__init__.py"
-    return (
-        re.search(
-            rf"(^(def|class) {name}\b|^{name} = |\bimport\b.*\b{name}\b|^    \"?{name}\"?,$)", source.read_text(), re.M
-        )
-        is not None
-    )
+    ways = (rf"(def|class) {name}\b", rf"{name} = ", rf"(from \S+ )?import .*\b{name}\b", rf' +"?{name}"?,$')
+    return any(re.search(f"^{way}", source.read_text(), re.MULTILINE) for way in ways)
 
 
 def command_lines() -> list[str]:
