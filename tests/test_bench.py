@@ -153,6 +153,35 @@ def test_dense_peers_of_decode_get_the_rows_of_the_pages(cache, monkeypatch):
     assert not paged_peers.unable("flashinfer", 7, "float8_e4m3fn")
 
 
+def test_a_peer_is_its_fastest_way_and_never_a_wrong_one(monkeypatch):
+    pytest.importorskip("cutlass")
+    from flash_attn_sm120.arguments import Arguments, Lengths
+    from flash_attn_sm120.bench import decode
+
+    out = torch.randn(1, 1, 4, 16)
+    arguments = (*Arguments(out, out, out, torch.empty_like(out), lengths=Lengths(page_table=out)), None)
+
+    def lacking(*_):
+        raise RuntimeError("no such kernel")
+
+    ways = {"slow": lambda *_: out, "fast": lambda *_: out + 0.01, "wrong": lambda *_: out + 1.0, "lacking": lacking}
+    times = {ways["slow"]: 3.0, ways["fast"]: 2.0, ways["wrong"]: 1.0}
+    monkeypatch.setattr(decode, "graph_ms", lambda call, sets: times[call])
+
+    def measured(*names):
+        calls = [ways[name] for name in names]
+        monkeypatch.setattr(paged_peers, "decode_calls", lambda *_: (calls, [(0,)]))
+        return decode._peer("flashinfer", decode.Cell(1, 64), lambda *own: own[3].copy_(out), [arguments])
+
+    assert measured("slow", "lacking", "fast")["graph_us"] == 2000.0
+    with pytest.raises(peers.Differs, match=r"^1$"):
+        measured("slow", "wrong")
+    with pytest.raises(RuntimeError, match="no such kernel"):
+        measured("lacking")
+    with pytest.raises(peers.NotOffered, match="no windows"):
+        decode._peer("sdpa_flash", decode.Cell(1, 64, window=3), None, [arguments])
+
+
 class Wrapper:
     """What FlashInfer's wrappers do by their documentation."""
 
