@@ -56,6 +56,12 @@ def test_check_on_a_gpu_that_is_not_there(capsys):
     assert "Not ready: there is no cuda:3" in capsys.readouterr().out
 
 
+def test_check_without_numpy(monkeypatch, capsys):
+    monkeypatch.setattr(cli.check, "find_spec", lambda name: None)
+    assert cli.main(["check", "--device", "simulator"]) == 1
+    assert 'pip install "flash-attn-sm120[simulator]"' in capsys.readouterr().out
+
+
 @no_gpu
 def test_check_without_a_gpu_runs_the_kernels(capsys, monkeypatch):
     some = matrix.configs()[7::29]

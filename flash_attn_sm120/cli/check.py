@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
 from flash_attn_sm120.cli.words import add_command, verdict
@@ -21,7 +22,7 @@ examples:
   flash-attn-sm120 check --device cuda:1
   flash-attn-sm120 check --device simulator
 
-Exit code: 0 if all configurations pass, 1 if one fails or the device isn't there.
+Exit code: 0 if all configurations pass, 1 if one fails, or the device or NumPy, for the simulator, isn't there.
 """
 
 
@@ -45,6 +46,8 @@ def run(arguments: argparse.Namespace) -> int:
     gpu = torch.cuda.is_available()
     if device == "auto":
         device = "cuda" if gpu else "simulator"
+    if device == "simulator" and find_spec("numpy") is None:
+        return verdict('the simulator needs NumPy: pip install "flash-attn-sm120[simulator]"')
     if device == "simulator":
         from flash_attn_sm120.simulator import simulate
 
