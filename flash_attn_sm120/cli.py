@@ -1,4 +1,4 @@
-"""flash-attn-sm120, or python -m flash_attn_sm120: doctor, check, compile."""
+"""flash-attn-sm120, or python -m flash_attn_sm120: doctor, check, compile, cache."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from flash_attn_sm120 import __version__
+from flash_attn_sm120 import __version__, cli_kernels
+from flash_attn_sm120.labels import label
 from flash_attn_sm120.problem import AttentionProblem
 from flash_attn_sm120.terminal import paint, progress, table
 
@@ -20,13 +21,6 @@ if TYPE_CHECKING:
 
 ARCHES = ("sm_120a", "sm_121a")
 PACKAGES = ("torch", "nvidia-cutlass-dsl", "apache-tvm-ffi")
-SHORT = {
-    "bfloat16": "bf16",
-    "float16": "fp16",
-    "float32": "fp32",
-    "float8_e4m3fn": "e4m3",
-    "float8_e5m2": "e5m2",
-}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -46,21 +40,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     check.set_defaults(run=lambda arguments: run_check(arguments.device, arguments.seed))
 
     compile_ = commands.add_parser(
-        "compile", help="compile every kernel and show what each takes of an SM; needs no GPU"
+        "compile", help="compile every kernel and show what each takes of an SM, or make files of them; needs no GPU"
     )
-    compile_.add_argument("--arch", type=_arches, default=ARCHES, help="sm_120a, sm_121a or both, comma between them")
-    compile_.set_defaults(run=lambda arguments: run_compile(arguments.arch))
+    cli_kernels.add_compile_options(compile_, ARCHES, run_compile)
+    cli_kernels.add_cache_command(commands)
 
     arguments = parser.parse_args(argv)
     return arguments.run(arguments)
-
-
-def _arches(text: str) -> tuple[str, ...]:
-    names = tuple(dict.fromkeys(name.strip() for name in text.split(",")))
-    for name in names:
-        if name not in ARCHES:
-            raise argparse.ArgumentTypeError(f"expected {' or '.join(ARCHES)}, got {name!r}")
-    return names
 
 
 def run_doctor() -> int:
@@ -76,6 +62,8 @@ def run_doctor() -> int:
     libraries = [name for name in ("cu12", "cu13") if _version(f"nvidia-cutlass-dsl-libs-{name}")]
     print(f"  compiler libraries: {', '.join(libraries) or 'none'}")
     print(f"  NVIDIA driver: {_driver() or 'none found'}")
+    for line in cli_kernels.describe_sources():
+        print(f"  {line}")
     if missing:
         return _verdict(f"{', '.join(missing)} must be installed: pip install flash-attn-sm120")
 
@@ -132,7 +120,8 @@ def explain(capability: tuple[int, int]) -> list[str]:
         lines.append("runs the same kernels with SM120's tiles, which aren't the best for this chip")
     target = f"sm_{major}{minor}{'a' if major >= 9 else ''}"
     plan = choose(AttentionProblem("bfloat16", 128, 128, mask="causal"), target)
-    lines.append(f"kernels are compiled for {target} at the first call of each kind, by the installed compiler")
+    lines.append(f"its target is {target}; kernels come from files, or from the compiler at the first call of a kind:")
+    lines += [f"  {line}" for line in cli_kernels.describe_sources(target)]
     lines.append(
         f"a causal bfloat16 call of head_dim 128 uses the {plan.kernel} kernel: {plan.tile_m} x {plan.tile_n} tiles, "
         f"{plan.num_warps} warps, {plan.smem_bytes / 1024:.0f} KB of shared memory"
@@ -281,18 +270,3 @@ def _predicted(binary: bytes, warps: int) -> tuple[str, ...]:
     percents = (f"{percent:.0f}" for percent in found.percent.values())
     binds = " / ".join(dict.fromkeys(found.binds.values()))
     return (str(found.hmma), f"{found.other / found.hmma:.2f}", str(found.rescale), *percents, binds)
-
-
-def label(problem: AttentionProblem) -> str:
-    """A problem in a few words, such as `bf16 192/128 causal packed lse`."""
-    words = [SHORT[problem.dtype], f"{problem.head_dim}/{problem.head_dim_v}", problem.mask]
-    packed = {(True, True): "packed", (True, False): "packed q", (False, True): "packed k"}
-    words.append(packed.get((problem.packed_q, problem.packed_k), ""))
-    words.append(f"pages of {problem.page_size}" if problem.paged else "")
-    words.append(problem.kv_dtype and f"{SHORT[problem.kv_dtype]} KV")
-    words.append(problem.sink and f"{SHORT[problem.sink]} sink")
-    flags = ("seqused_q", "seqused_k", "softcap", "alibi", "chunked", "context_parallel", "k_descale", "v_descale")
-    words += [name for name in (*flags, "dropout", "score_mod", "mask_mod", "lse") if getattr(problem, name)]
-    words.append("blocks {}x{}".format(*problem.sparse_block) if problem.block_sparse else "")
-    words.append("" if problem.tma_strides else "repeated rows")
-    return " ".join(filter(None, words))

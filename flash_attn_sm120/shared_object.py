@@ -23,6 +23,7 @@ GOT_NAME = "_GLOBAL_OFFSET_TABLE_"
 # Dynamic relocations: an address that is looked up, and one that moves with the library.
 LOOKED_UP = {"x86_64": 6, "aarch64": 1025}
 RELATIVE = {"x86_64": 8, "aarch64": 1027}
+LOADS = {278: 0, 284: 1, 285: 2, 286: 3, 299: 4}  # AArch64's LDSTn_ABS_LO12_NC -> log2 of its bytes
 STUB_BYTES = 16
 HEADER_BYTES, SEGMENT_BYTES, SYMBOL_BYTES, RELA_BYTES = 64, 56, 24, 24
 
@@ -67,7 +68,7 @@ class Relocation:
 
 
 def machine_of(elf: bytes) -> str:
-    """"x86_64" or "aarch64"; NotLinkable where the bytes aren't a 64-bit ELF file of either."""
+    """x86_64 or aarch64; NotLinkable where the bytes aren't a 64-bit ELF file of either."""
     if len(elf) < HEADER_BYTES or elf[:6] != b"\x7fELF\x02\x01":
         raise NotLinkable(f"expected a 64-bit little-endian ELF file, got {len(elf)} bytes that start {elf[:6].hex()}")
     (machine,) = struct.unpack_from("<H", elf, 18)
@@ -240,7 +241,8 @@ class _Linker:
         return struct.pack("<IIII", _with_page(0x90000010, slot, here), load, 0xD61F0220, 0xD503201F)
 
     def _apply(self, image: bytearray, each: Relocation) -> None:
-        if each.section.kind == NOBITS or each.offset + 4 > each.section.size:
+        width = 8 if self.machine == "x86_64" else 4
+        if each.section.kind == NOBITS or each.offset + width > each.section.size:
             raise NotLinkable(f"a relocation outside of {each.section.name}")
         here = each.section.address + each.offset
         offset = self._offset(here)
@@ -281,9 +283,6 @@ class _Linker:
         if each.kind == 312:  # LD64_GOT_LO12_NC
             return word | (self._slot(each.symbol) & 0xFFF) >> 3 << 10
         raise NotLinkable(f"AArch64 relocation {each.kind} of {each.symbol.name}")
-
-
-LOADS = {278: 0, 284: 1, 285: 2, 286: 3, 299: 4}  # LDSTn_ABS_LO12_NC -> log2 of its bytes
 
 
 def _takes_slot(machine: str, each: Relocation) -> bool:
