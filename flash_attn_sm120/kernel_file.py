@@ -104,9 +104,8 @@ def check(content: bytes, key: Key) -> None:
 
 
 @functools.cache
-def source_hash() -> str:
-    """Of this package's modules: those that a kernel could depend on."""
-    root = Path(__file__).parent
+def source_hash(root: Path = Path(__file__).parent) -> str:
+    """Of this package's modules, or of those in another folder: those that a kernel could depend on."""
     total = hashlib.sha256()
     for path in sorted(root.rglob("*.py")):
         name = path.relative_to(root)
