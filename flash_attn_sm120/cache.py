@@ -197,8 +197,6 @@ def open_cache() -> tuple[Cache | None, str]:
             return None, f"{path} belongs to user {status.st_uid}, not to {os.geteuid()}"
         if status.st_mode & OTHERS_WRITE:
             path.chmod(0o700)
-        if not os.access(path, os.W_OK):
-            return Cache(path, size), ""  # what is there can be read
     except OSError as error:
         return None, f"{path}: {error.strerror}"
     return Cache(path, size), ""

@@ -10,7 +10,7 @@ import cutlass
 from cutlass import Float32, Int32, Int64, cute
 from cutlass.cute.runtime import make_fake_stream, make_fake_tensor
 
-from flash_attn_sm120 import cubin, export, kernel_file, runtime, shared_object
+from flash_attn_sm120 import cubin, kernel_file, runtime, shared_object
 from flash_attn_sm120.arguments import (
     Arguments,
     BlockLists,
@@ -79,7 +79,9 @@ def build(problem: Problem, plan: Plan | None, arch: str, keep: bool = False):
 
 
 def to_file(built: Any, key: kernel_file.Key) -> bytes:
-    """What build returned as the content of its file. NotLinkable or RuntimeError where that can't be made."""
+    """What build returned as the content of its file. One of loader.NOT_KEPT where that can't be made."""
+    from flash_attn_sm120 import export  # what it uses of the DSL isn't promised; calls do without
+
     relocatable = export.to_object(built, key["host"])
     return kernel_file.pack(shared_object.link(relocatable, runtime.SYMBOL, runtime.NEEDED), key)
 

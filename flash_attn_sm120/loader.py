@@ -19,7 +19,10 @@ from flash_attn_sm120.labels import label
 
 NO_JIT = "FLASH_ATTN_SM120_NO_JIT"
 PRECOMPILED = "FLASH_ATTN_SM120_PRECOMPILED"
-COMPILE_MB = 1536  # what a process with the compiler takes at most, see benchmarks/results/startup.md
+COMPILE_MB = 768  # a process with the compiler takes at most two thirds of it, see benchmarks/results/startup.md
+
+# What making a file of a kernel can raise: an object that the linker doesn't know, or another release of the DSL.
+NOT_KEPT = (AttributeError, ImportError, RuntimeError, TypeError, ValueError)
 
 log = logging.getLogger("flash_attn_sm120")
 
@@ -136,7 +139,7 @@ def _build(problem: Problem, arch: str, kept: cache.Cache | None = None, key: Ke
             return built
         try:
             content = compile.to_file(built, key)
-        except (RuntimeError, ValueError) as reason:
+        except NOT_KEPT as reason:
             log.warning("%s can't be kept in a file: %s", key["variant"], reason)
             return built
     path = kept.write(key, content)
@@ -152,16 +155,17 @@ def _place_in_memory() -> Iterator[None]:
         return
     import fcntl
 
-    folder, places = kept.folder, compilers_that_fit()
     with contextlib.ExitStack() as stack:
+        places = compilers_that_fit()
         for place in range(places):
             try:
-                file = stack.enter_context(open(folder / f"compiler-{place}.lock", "w"))
-                wait = fcntl.LOCK_NB if place + 1 < places else 0
-                fcntl.flock(file, fcntl.LOCK_EX | wait)
+                file = stack.enter_context(open(kept.folder / f"compiler-{place}.lock", "w"))
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 break
             except BlockingIOError:
-                continue
+                if place + 1 == places:
+                    log.warning("waiting for memory: %d compilers are running", places)
+                    fcntl.flock(file, fcntl.LOCK_EX)
             except OSError:
                 break
         yield
