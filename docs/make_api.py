@@ -17,6 +17,8 @@ SECTIONS = (
     ("Scheduler metadata", "flash_attn_sm120", "scheduling", ("get_scheduler_metadata",)),
     ("Block sparsity", "flash_attn_sm120", "block_sparse", ("BlockSparseTensors",)),
     ("Dropout", "flash_attn_sm120", "dropout", ("dropout_mask",)),
+    ("Kernels before the first call", "flash_attn_sm120", "warm", ("warmup",)),
+    ("Shapes of models", "flash_attn_sm120", "shipped", ("Shapes",)),
     ("Score mods", "flash_attn_sm120.mods", "mods/scores", ()),
     ("Mask mods", "flash_attn_sm120.mods", "mods/masks", ()),
     ("PyTorch's SDPA", "flash_attn_sm120.integrations.torch_sdpa", "integrations/torch_sdpa", ("register",)),

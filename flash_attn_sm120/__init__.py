@@ -11,17 +11,21 @@ if TYPE_CHECKING:
     from flash_attn_sm120.interface import flash_attn_func, flash_attn_varlen_func
     from flash_attn_sm120.problem import AttentionProblem
     from flash_attn_sm120.scheduling import get_scheduler_metadata
+    from flash_attn_sm120.shipped import Shapes
+    from flash_attn_sm120.warm import warmup
 
 __version__ = "0.1.0"
 __all__ = [
     "AttentionProblem",
     "BlockSparseTensors",
+    "Shapes",
     "__version__",
     "dropout_mask",
     "flash_attn_combine",
     "flash_attn_func",
     "flash_attn_varlen_func",
     "get_scheduler_metadata",
+    "warmup",
 ]
 
 _HOMES = {
@@ -32,6 +36,8 @@ _HOMES = {
     "flash_attn_func": "interface",
     "flash_attn_varlen_func": "interface",
     "get_scheduler_metadata": "scheduling",
+    "Shapes": "shipped",
+    "warmup": "warm",
 }
 
 

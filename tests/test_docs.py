@@ -82,8 +82,8 @@ def test_documented_commands_parse(tmp_path, monkeypatch):
 
 def test_make_targets_exist():
     targets = set(re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
-    for page in PAGES:
-        for target in re.findall(r"^\s*make (\w[\w-]*)", page.read_text(), re.MULTILINE):
+    for page in [*PAGES, *(ROOT / ".github" / "workflows").glob("*.yml")]:
+        for target in re.findall(r"^\s*(?:- run: )?make (\w[\w-]*)", page.read_text(), re.MULTILINE):
             assert target in targets, f"{page.name}: make {target}"
 
 

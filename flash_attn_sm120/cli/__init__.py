@@ -8,9 +8,9 @@ import sys
 from collections.abc import Sequence
 
 from flash_attn_sm120 import __version__
-from flash_attn_sm120.cli import bench, check, compile, doctor
+from flash_attn_sm120.cli import bench, cache, check, compile, doctor
 
-COMMANDS = (doctor, check, bench, compile)
+COMMANDS = (doctor, check, bench, compile, cache)
 INTERRUPTED = 130  # 128 + SIGINT, as shells have it
 DESCRIPTION = "The attention forward for NVIDIA SM120 and SM121 (GeForce RTX 50, RTX PRO 6000, DGX Spark)."
 EPILOG = """\

@@ -3,54 +3,79 @@
 from __future__ import annotations
 
 import argparse
+import re
+from collections.abc import Sequence
+from pathlib import Path
 
+from flash_attn_sm120.cli.precompile import HOSTS, run_precompile
 from flash_attn_sm120.cli.words import add_command
+from flash_attn_sm120.labels import label
 from flash_attn_sm120.problem import AttentionProblem
 from flash_attn_sm120.terminal import paint, progress, table
 
 ARCHES = ("sm_120a", "sm_121a")
-SHORT = {
-    "bfloat16": "bf16",
-    "float16": "fp16",
-    "float32": "fp32",
-    "float8_e4m3fn": "e4m3",
-    "float8_e5m2": "e5m2",
-}
 DESCRIPTION = """\
 Compiles every kernel and shows what each takes of an SM, what its loop issues and the share of the mma.sync ceiling
-to expect. Needs no GPU; takes a few minutes.
+to expect. With --out: writes the kernels that wheels carry into files, with a manifest of hashes; files that are
+there and were made from the same sources stay. Needs no GPU; takes some minutes.
 """
 EPILOG = """\
 examples:
   flash-attn-sm120 compile                    for RTX 50 and RTX PRO (sm_120a) and DGX Spark (sm_121a)
   flash-attn-sm120 compile --arch sm_121a
+  flash-attn-sm120 compile --arch sm_120a,sm_121a --host x86_64,aarch64 --out build/kernels
 
-Exit code: 0 if no kernel spills and each keeps two matrix warps on a sub-partition, 1 otherwise.
+Exit code: 0 if no kernel spills and each keeps two matrix warps on a sub-partition, with --out if every file was made;
+1 otherwise.
 """
 
 
 def add(commands: argparse._SubParsersAction) -> None:
-    text = "compile every kernel and show what each takes of an SM; needs no GPU"
+    text = "compile every kernel and show what each takes of an SM, or make files of them; needs no GPU"
     parser = add_command(commands, "compile", text, DESCRIPTION, EPILOG)
-    parser.add_argument("--arch", type=arches, default=ARCHES, help="sm_120a, sm_121a or both, comma between them")
-    parser.set_defaults(run=run)
+    parser.add_argument(
+        "--arch", type=_names, default=ARCHES, help="targets, comma between them (default: sm_120a,sm_121a)"
+    )
+    parser.add_argument("--out", type=Path, metavar="DIR", help="write the kernels that wheels carry into files here")
+    parser.add_argument(
+        "--host", type=_names, help="with --out: processors that the files are for (default: x86_64,aarch64)"
+    )
+    parser.add_argument("--jobs", type=int, help="with --out: compilers at a time (default: as memory allows)")
+    parser.add_argument("--only", metavar="TEXT", help="with --out: variants with this in their description")
+    parser.set_defaults(run=lambda arguments: run(arguments, parser))
 
 
-def arches(text: str) -> tuple[str, ...]:
-    names = tuple(dict.fromkeys(name.strip() for name in text.split(",")))
-    for name in names:
-        if name not in ARCHES:
-            raise argparse.ArgumentTypeError(f"expected {' or '.join(ARCHES)}, got {name!r}")
-    return names
+def _names(text: str) -> tuple[str, ...]:
+    return tuple(dict.fromkeys(name.strip() for name in text.split(",")))
 
 
-def run(arguments: argparse.Namespace) -> int:
+def run(arguments: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
+    """The report, or with --out the files. parser: for what is wrong in the command line."""
+    if arguments.out is None:
+        for name in ("host", "jobs", "only"):
+            if getattr(arguments, name) is not None:
+                parser.error(f"argument --{name}: expected --out beside it")
+        for name in arguments.arch:
+            if name not in ARCHES:
+                parser.error(f"argument --arch: expected {' or '.join(ARCHES)}, got {name!r} (with --out, any)")
+        return report(arguments.arch)
+    for name in arguments.arch:
+        if not re.fullmatch(r"sm_(8\d|9\da|1\d\da)", name):
+            parser.error(f"argument --arch: expected targets such as sm_120a, got {name!r}")
+    hosts = arguments.host or HOSTS
+    for name in hosts:
+        if name not in HOSTS:
+            parser.error(f"argument --host: expected {' or '.join(HOSTS)}, got {name!r}")
+    return run_precompile(arguments.arch, hosts, arguments.out, arguments.jobs or 0, arguments.only or "")
+
+
+def report(arches: Sequence[str]) -> int:
     """Every variant for each target. 1 if one spills or keeps fewer than two matrix warps on a sub-partition."""
     from flash_attn_sm120.sass import GET_NVDISASM, find_nvdisasm
     from flash_attn_sm120.static_model import ASSUMPTIONS
     from flash_attn_sm120.variants import changed_variants, variants
 
-    jobs = [(arch, problem) for arch in arguments.arch for problem in (*variants(), *changed_variants())]
+    jobs = [(arch, problem) for arch in arches for problem in (*variants(), *changed_variants())]
     measured = [measure(problem, arch) for arch, problem in progress(jobs, "compile")]
     header = (
         "target", "variant", "kernel", "tile", "warps", "registers", "stack", "shared KB", "blocks/SM",
@@ -110,18 +135,3 @@ def _predicted(binary: bytes, warps: int) -> tuple[str, ...]:
     percents = (f"{percent:.0f}" for percent in found.percent.values())
     binds = " / ".join(dict.fromkeys(found.binds.values()))
     return (str(found.hmma), f"{found.other / found.hmma:.2f}", str(found.rescale), *percents, binds)
-
-
-def label(problem: AttentionProblem) -> str:
-    """A problem in a few words, such as `bf16 192/128 causal packed lse`."""
-    words = [SHORT[problem.dtype], f"{problem.head_dim}/{problem.head_dim_v}", problem.mask]
-    packed = {(True, True): "packed", (True, False): "packed q", (False, True): "packed k"}
-    words.append(packed.get((problem.packed_q, problem.packed_k), ""))
-    words.append(f"pages of {problem.page_size}" if problem.paged else "")
-    words.append(problem.kv_dtype and f"{SHORT[problem.kv_dtype]} KV")
-    words.append(problem.sink and f"{SHORT[problem.sink]} sink")
-    flags = ("seqused_q", "seqused_k", "softcap", "alibi", "chunked", "context_parallel", "k_descale", "v_descale")
-    words += [name for name in (*flags, "dropout", "score_mod", "mask_mod", "lse") if getattr(problem, name)]
-    words.append("blocks {}x{}".format(*problem.sparse_block) if problem.block_sparse else "")
-    words.append("" if problem.tma_strides else "repeated rows")
-    return " ".join(filter(None, words))

@@ -10,6 +10,7 @@ from importlib import metadata
 from pathlib import Path
 
 from flash_attn_sm120 import __version__
+from flash_attn_sm120.cli.sources import describe_sources
 from flash_attn_sm120.cli.words import add_command, verdict
 from flash_attn_sm120.problem import AttentionProblem
 from flash_attn_sm120.terminal import paint
@@ -41,6 +42,8 @@ def run(arguments: argparse.Namespace) -> int:
     libraries = [name for name in ("cu12", "cu13") if _version(f"nvidia-cutlass-dsl-libs-{name}")]
     print(f"  compiler libraries: {', '.join(libraries) or 'none'}")
     print(f"  NVIDIA driver: {_driver() or 'none found'}")
+    for line in describe_sources():
+        print(f"  {line}")
     if missing:
         return verdict(f"{', '.join(missing)} must be installed: pip install flash-attn-sm120")
 
@@ -97,7 +100,8 @@ def explain(capability: tuple[int, int]) -> list[str]:
         lines.append("runs the same kernels with SM120's tiles, which aren't the best for this chip")
     target = f"sm_{major}{minor}{'a' if major >= 9 else ''}"
     plan = choose(AttentionProblem("bfloat16", 128, 128, mask="causal"), target)
-    lines.append(f"kernels are compiled for {target} at the first call of each kind, by the installed compiler")
+    lines.append(f"its target is {target}; kernels come from files, or from the compiler at the first call of a kind:")
+    lines += [f"  {line}" for line in describe_sources(target)]
     lines.append(
         f"a causal bfloat16 call of head_dim 128 uses the {plan.kernel} kernel: {plan.tile_m} x {plan.tile_n} tiles, "
         f"{plan.num_warps} warps, {plan.smem_bytes / 1024:.0f} KB of shared memory"

@@ -1,0 +1,124 @@
+"""Kernels compiled ahead, into a folder with a manifest: what platform wheels carry. Needs no GPU."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import multiprocessing
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+
+from flash_attn_sm120 import __version__, kernel_file
+from flash_attn_sm120.kernel_file import Problem
+from flash_attn_sm120.labels import label
+from flash_attn_sm120.loader import compilers_that_fit
+
+MANIFEST = "manifest.json"
+COMPILES_A_PROCESS = 16  # then a fresh one takes its place: a compiler's memory grows from one kernel to the next
+HOSTS = ("x86_64", "aarch64")
+
+
+@dataclass(frozen=True)
+class Job:
+    problem: Problem
+    arch: str
+    hosts: tuple[str, ...]
+    folder: str
+
+
+@dataclass(frozen=True)
+class Made:
+    """What became of a job. error: "" where all is well."""
+
+    job: Job
+    error: str = ""
+
+
+def precompile(
+    problems: Sequence[Problem], arches: Sequence[str], hosts: Sequence[str], folder: Path, processes: int = 0
+) -> Iterator[Made]:
+    """Compiles what the folder lacks; yields each variant and target as it is done. Write the manifest afterwards.
+
+    arches: such as "sm_120a". hosts: of HOSTS. processes: at a time, 0 for as many as processors and memory allow.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    jobs = [Job(problem, arch, tuple(hosts), str(folder)) for arch in arches for problem in problems]
+    processes = min(processes or compilers_that_fit(), len(jobs)) or 1
+    # A fork would take over the state of a compiler that has run here.
+    with multiprocessing.get_context("spawn").Pool(processes, maxtasksperchild=COMPILES_A_PROCESS) as pool:
+        yield from pool.imap_unordered(_make, jobs)
+
+
+def write_manifest(
+    problems: Sequence[Problem], arches: Sequence[str], hosts: Sequence[str], folder: Path
+) -> list[dict[str, str | int]]:
+    """Lists the whole files of these variants with their hashes, and removes kernels of anything else."""
+    rows: list[dict[str, str | int]] = []
+    for arch in arches:
+        for problem in problems:
+            for host in hosts:
+                content = _whole(problem, arch, host, folder)
+                key = kernel_file.built_in_key(problem, arch, host)
+                if content is None or key is None:
+                    continue
+                digest = hashlib.sha256(content).hexdigest()
+                row = {"file": kernel_file.file_name(key), "sha256": digest, "bytes": len(content)}
+                rows.append(row | {name: key[name] for name in ("variant", "target", "host", "problem")})
+    listed = {row["file"] for row in rows}
+    for path in folder.glob(f"*{kernel_file.SUFFIX}"):
+        if path.name not in listed and _is_kernel(path):
+            path.unlink()
+    versions = {name: metadata.version(name) for name in ("nvidia-cutlass-dsl", "apache-tvm-ffi")}
+    head = {"flash_attn_sm120": __version__, **versions, "sources": kernel_file.source_hash()}
+    _replace(folder / MANIFEST, json.dumps(head | {"files": rows}, indent=1).encode())
+    return rows
+
+
+def _make(job: Job) -> Made:
+    """In a process of its own."""
+    folder = Path(job.folder)
+    missing = [host for host in job.hosts if _whole(job.problem, job.arch, host, folder) is None]
+    if not missing:
+        return Made(job)
+    from flash_attn_sm120 import compile
+
+    try:
+        built, _ = compile.build_best(job.problem, job.arch)
+        for host in missing:
+            key = kernel_file.built_in_key(job.problem, job.arch, host)
+            if key is None:
+                raise ValueError("a function of the caller's isn't kept in files")
+            _replace(folder / kernel_file.file_name(key), compile.to_file(built, key))
+    except Exception as error:  # the compiler's own errors don't all come through a pipe
+        return Made(job, f"{label(job.problem)} for {job.arch}: {type(error).__name__}: {error}")
+    return Made(job)
+
+
+def _whole(problem: Problem, arch: str, host: str, folder: Path) -> bytes | None:
+    """The content of a variant's file where it is there and whole."""
+    key = kernel_file.built_in_key(problem, arch, host)
+    if key is None:
+        return None
+    try:
+        content = (folder / kernel_file.file_name(key)).read_bytes()
+        kernel_file.check(content, key)
+    except (OSError, ValueError):
+        return None
+    return content
+
+
+def _is_kernel(path: Path) -> bool:
+    try:
+        kernel_file.read_key(path.read_bytes())
+    except ValueError:
+        return False
+    return True
+
+
+def _replace(path: Path, content: bytes) -> None:
+    rough = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    rough.write_bytes(content)
+    os.replace(rough, path)
