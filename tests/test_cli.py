@@ -148,3 +148,31 @@ def test_table_and_colours(monkeypatch):
     assert text.splitlines() == ["name      n", "a         1", "longer  100"]
     monkeypatch.setattr(terminal, "coloured", lambda: True)
     assert terminal.table(("name", "n"), [("a", 1)], ["red"]).splitlines()[1] == "\033[31ma     1\033[0m"
+
+
+def test_colours_are_for_terminals_that_want_them(monkeypatch):
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True, raising=False)
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    assert terminal.coloured()
+    monkeypatch.setenv("NO_COLOR", "1")
+    assert not terminal.coloured()
+    monkeypatch.setenv("NO_COLOR", "")
+    assert terminal.coloured()
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: False, raising=False)
+    assert not terminal.coloured()
+
+
+def test_an_interrupted_command_and_a_reader_that_leaves(monkeypatch):
+    def interrupted(arguments):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli.doctor, "run", interrupted)
+    assert cli.main(["doctor"]) == cli.INTERRUPTED == 130
+    code = (
+        "import sys\nfrom flash_attn_sm120 import cli\ndef run(arguments):\n for _ in range(9999): print('line')\n"
+        " return 0\ncli.doctor.run = run\nsys.exit(cli.main(['doctor']))"
+    )
+    process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    assert process.stdout.readline() == b"line\n"
+    process.stdout.close()
+    assert process.wait() == 1 and process.stderr.read() == b""
