@@ -65,8 +65,8 @@ def write_manifest(
                 if content is None or key is None:
                     continue
                 digest = hashlib.sha256(content).hexdigest()
-                row = {"file": kernel_file.file_name(key), "sha256": digest, "bytes": len(content)}
-                rows.append(row | {name: key[name] for name in ("variant", "target", "host", "problem")})
+                row: dict[str, str | int] = {name: key[name] for name in ("variant", "target", "host", "problem")}
+                rows.append({"file": kernel_file.file_name(key), "sha256": digest, "bytes": len(content), **row})
     listed = {row["file"] for row in rows}
     for path in folder.glob(f"*{kernel_file.SUFFIX}"):
         if path.name not in listed and _is_kernel(path):

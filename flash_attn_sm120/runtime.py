@@ -24,7 +24,7 @@ def open_launcher(path: Path) -> Callable:
     _load_libraries()
     library = ctypes.CDLL(str(path), mode=os.RTLD_NOW | os.RTLD_LOCAL)
     try:
-        address = ctypes.cast(getattr(library, SYMBOL), ctypes.c_void_p).value
+        address = ctypes.cast(getattr(library, SYMBOL), ctypes.c_void_p).value or 0
     except AttributeError as error:
         raise OSError(str(error)) from error
     return tvm_ffi.Function.__from_extern_c__(address, keep_alive_object=library)

@@ -13,7 +13,18 @@ import pytest
 import torch
 from oracle import ints, marks
 
-from flash_attn_sm120 import cache, cli, flash_attn_func, flash_attn_varlen_func, kernel_file, loader, runtime, warmup
+from flash_attn_sm120 import (
+    cache,
+    calls,
+    cli,
+    flash_attn_func,
+    flash_attn_varlen_func,
+    kernel_file,
+    launchers,
+    loader,
+    runtime,
+    warmup,
+)
 from flash_attn_sm120.precompile import MANIFEST, precompile, write_manifest
 from flash_attn_sm120.problem import AttentionProblem, ClassifyProblem, CombineProblem, Mod
 from flash_attn_sm120.shipped import MODELS, Shapes, shipped_variants
@@ -45,7 +56,8 @@ def places(tmp_path, monkeypatch):
     monkeypatch.setenv(cache.DIRECTORY, str(tmp_path / "cache"))
     monkeypatch.setenv(loader.PRECOMPILED, str(tmp_path / "package"))
     monkeypatch.delenv(loader.NO_JIT, raising=False)
-    monkeypatch.setattr(loader, "_loaded", {})
+    for module, name in ((loader, "_loaded"), (launchers, "_launchers"), (launchers, "_targets"), (calls, "known")):
+        monkeypatch.setattr(module, name, {})
 
 
 @pytest.fixture
