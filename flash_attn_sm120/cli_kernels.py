@@ -36,6 +36,10 @@ def add_compile_options(
         "--only", default="", metavar="TEXT", help="with --out: variants with this in their description"
     )
 
+    parser.add_argument(
+        "--cuda", type=int, choices=(12, 13), default=0, help="with --out: the compiler's CUDA (default: the newest)"
+    )
+
     def run(arguments: argparse.Namespace) -> int:
         if arguments.out is None:
             for name in arguments.arch:
@@ -48,7 +52,8 @@ def add_compile_options(
         for name in arguments.host:
             if name not in HOSTS:
                 parser.error(f"argument --host: expected {' or '.join(HOSTS)}, got {name!r}")
-        return run_precompile(arguments.arch, arguments.host, arguments.out, arguments.jobs, arguments.only)
+        more = (arguments.jobs, arguments.only, arguments.cuda)
+        return run_precompile(arguments.arch, arguments.host, arguments.out, *more)
 
     parser.set_defaults(run=run)
 
@@ -64,14 +69,16 @@ def _names(text: str) -> tuple[str, ...]:
     return tuple(dict.fromkeys(name.strip() for name in text.split(",")))
 
 
-def run_precompile(arches: Sequence[str], hosts: Sequence[str], folder: Path, jobs: int, only: str) -> int:
+def run_precompile(
+    arches: Sequence[str], hosts: Sequence[str], folder: Path, jobs: int = 0, only: str = "", cuda: int = 0
+) -> int:
     """Files of the shipped variants. 1 if one can't be made."""
     from flash_attn_sm120.labels import label
     from flash_attn_sm120.precompile import MANIFEST, precompile, write_manifest
     from flash_attn_sm120.shipped import shipped_variants
 
     problems = [problem for problem in shipped_variants() if only in label(problem)]
-    made = precompile(problems, arches, hosts, folder, jobs)
+    made = precompile(problems, arches, hosts, folder, jobs, cuda)
     errors = [each.error for each in progress(made, "compile", len(problems) * len(arches)) if each.error]
     for error in errors:
         print(paint(error, "red"))
