@@ -10,6 +10,8 @@ VLLM := .venv/vllm/ready
 # What make wheels compiles for.
 ARCH ?= sm_120a,sm_121a
 HOST ?= x86_64,aarch64
+# Drivers for CUDA 12 and for 13 load what the compiler of 12 makes.
+CUDA ?= 12
 KERNELS := build/kernels
 
 .PHONY: demo test test-vllm lint wheels clean
@@ -57,7 +59,7 @@ wheels: $(READY)
 	$(RUN) -m pip install -q build
 	rm -rf dist build/lib
 	$(RUN) -m build --wheel
-	$(RUN) -m flash_attn_sm120 compile --arch $(ARCH) --host $(HOST) --out $(KERNELS)
+	$(RUN) -m flash_attn_sm120 compile --arch $(ARCH) --host $(HOST) --cuda $(CUDA) --out $(KERNELS)
 	$(RUN) tools/wheels.py dist/*-none-any.whl $(KERNELS) dist
 
 clean:

@@ -10,12 +10,14 @@ import functools
 import hashlib
 import json
 import platform
+import re
 import struct
 import sys
 from collections.abc import Mapping
 from importlib import metadata
 from pathlib import Path
 
+from flash_attn_sm120 import runtime
 from flash_attn_sm120.dispatch import candidates
 from flash_attn_sm120.labels import label
 from flash_attn_sm120.problem import AttentionProblem, ClassifyProblem, CombineProblem
@@ -49,7 +51,8 @@ def built_in_key(problem: Problem, arch: str, processor: str) -> Key | None:
 def cached_key(problem: Problem, arch: str, processor: str) -> Key | None:
     """Of a file that this machine compiled: it holds for just the versions that are installed."""
     versions = {"dsl": _version("nvidia-cutlass-dsl"), "tvm_ffi": _version("apache-tvm-ffi")}
-    return _key(problem, arch, processor, versions | {"python": platform.python_version()})
+    versions |= {"compiler": runtime.compiler_libraries(), "python": platform.python_version()}
+    return _key(problem, arch, processor, versions)
 
 
 def _key(problem: Problem, arch: str, processor: str, versions: dict[str, str]) -> Key | None:
@@ -101,6 +104,12 @@ def check(content: bytes, key: Key) -> None:
     if found != dict(key):
         differs = next(name for name in (*key, *found) if key.get(name) != found.get(name))
         raise Damaged(f"{differs}: expected {key.get(differs)}, got {found.get(differs)}")
+
+
+def cuda_release(content: bytes) -> str:
+    """Of the CUDA compiler that made the kernel inside, such as "12.9", as it says itself; "" where it doesn't."""
+    found = re.search(rb"Cuda compilation tools, release (\d+\.\d+)", content)
+    return found[1].decode() if found else ""
 
 
 @functools.cache

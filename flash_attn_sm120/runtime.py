@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import functools
 import importlib.util
 import os
 import threading
@@ -24,7 +25,7 @@ def open_launcher(path: Path) -> Callable:
     _load_libraries()
     library = ctypes.CDLL(str(path), mode=os.RTLD_NOW | os.RTLD_LOCAL)
     try:
-        address = ctypes.cast(getattr(library, SYMBOL), ctypes.c_void_p).value
+        address = ctypes.cast(getattr(library, SYMBOL), ctypes.c_void_p).value or 0
     except AttributeError as error:
         raise OSError(str(error)) from error
     return tvm_ffi.Function.__from_extern_c__(address, keep_alive_object=library)
@@ -40,16 +41,26 @@ def _load_libraries() -> None:
             _libraries.append(ctypes.CDLL(str(found[0])))
 
 
+@functools.cache
+def compiler_libraries() -> str:
+    """Of the installed compilers the one that the DSL takes here, "cu13" or "cu12"; "none" without one."""
+    return next((path.parts[-3] for path in _runtime_libraries()), "none")
+
+
+def dsl_folders() -> list[Path]:
+    """Where nvidia-cutlass-dsl is installed, without importing it."""
+    package = importlib.util.find_spec("nvidia_cutlass_dsl")
+    return [] if package is None else list(map(Path, package.submodule_search_locations or ()))
+
+
 def _runtime_libraries() -> Iterator[Path]:
     """The DSL's runtime library for the CUDA of this driver, as the DSL itself would choose it, the best first."""
     for name in filter(None, os.environ.get("CUTE_DSL_LIBS", "").split(os.pathsep)):
         if Path(name).name == RUNTIME:
             yield Path(name)
-    package = importlib.util.find_spec("nvidia_cutlass_dsl")
-    roots = [] if package is None else list(package.submodule_search_locations or ())
     major = _driver_major()
     for cuda in ("cu13", "cu12"):
-        for root in roots:
+        for root in dsl_folders():
             path = Path(root, cuda, "lib", RUNTIME)
             if path.exists() and (major is None or int(cuda[2:]) <= major):
                 yield path

@@ -106,9 +106,10 @@ class _Linker:
         self.sections = read_sections(elf)
         self.symbols = self._read_symbols()
         self.relocations = list(self._read_relocations())
-        self.entry = next((s for s in self.symbols if s.name == exported and s.section), None)
-        if self.entry is None:
+        defined = [symbol for symbol in self.symbols if symbol.name == exported and symbol.section]
+        if not defined:
             raise NotLinkable(f"expected a function {exported}, got none")
+        self.entry = defined[0]
         self.slots: dict[str, int] = {}  # name of a symbol -> its place in the table of addresses
         self.stubs: dict[str, int] = {}  # name of a function of another library -> its place among the stubs
         for each in self.relocations:

@@ -62,7 +62,9 @@ def test_a_file_cut_short_or_changed_anywhere_is_replaced(kept):
         assert kept.write(KEY, content) == path and kept.read(KEY) == path
 
 
-@pytest.mark.parametrize("change", ["target", "host", "sources", "dsl", "tvm_ffi", "python", "problem", "plans"])
+@pytest.mark.parametrize(
+    "change", ["target", "host", "sources", "dsl", "tvm_ffi", "compiler", "python", "problem", "plans"]
+)
 def test_a_whole_file_of_another_key_is_replaced(change, kept):
     other = {**KEY, change: "another"}
     path = kept.write(KEY, packed(KEY))

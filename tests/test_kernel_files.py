@@ -8,27 +8,31 @@ from dataclasses import replace
 import pytest
 import torch
 from emulator import Argument, Emulated, dynamic
+from oracle import assert_right, marks, rand
 
 from flash_attn_sm120 import compile as compiler
 from flash_attn_sm120 import export, kernel_file, reference, runtime, shared_object
 from flash_attn_sm120.arguments import CombineArguments
-from flash_attn_sm120.problem import CombineProblem
-from flash_attn_sm120.simulator import launch
+from flash_attn_sm120.problem import AttentionProblem, CombineProblem
+from flash_attn_sm120.simulator import attention, launch, simulate
 from flash_attn_sm120.simulator.host import HostProgram, _dlpack_type, _DLTensor
 
 COMBINE = CombineProblem("bfloat16", 64, lse=True)
 ARCH = "sm_121a"
 EM_CUDA = 190
+on_x86_64 = pytest.mark.skipif(
+    kernel_file.host() != "x86_64", reason="loads a file for x86-64; AArch64's are emulated below"
+)
 
 
 @functools.cache
-def built():
-    return compiler.build_best(COMBINE, ARCH, keep=True)[0]
+def built(problem=COMBINE):
+    return compiler.build_best(problem, ARCH, keep=True)[0]
 
 
 @functools.cache
-def file_of(host):
-    return compiler.to_file(built(), kernel_file.built_in_key(COMBINE, ARCH, host))
+def file_of(host, problem=COMBINE):
+    return compiler.to_file(built(problem), kernel_file.built_in_key(problem, ARCH, host))
 
 
 def inputs():
@@ -63,11 +67,12 @@ def test_the_same_kernel_makes_the_same_file():
     assert compiler.to_file(built(), key) == file_of("aarch64")
 
 
-def host_program(path, content):
+def host_program(path, problem):
     """The shared object, loaded as users load it; its table of addresses then leads to the simulator's CUDA runtime."""
+    content = file_of("x86_64", problem)
     path.write_bytes(content)
     launcher = runtime.open_launcher(path)
-    program = HostProgram(built())
+    program = HostProgram(built(problem))
     library, found = ctypes.CDLL(str(path)), dynamic(content)
     (entry,) = [value for _, value, defined in found["symbols"] if defined]
     base = ctypes.cast(getattr(library, runtime.SYMBOL), ctypes.c_void_p).value - entry
@@ -83,10 +88,10 @@ def host_program(path, content):
     return program
 
 
-@pytest.mark.skipif(kernel_file.host() != "x86_64", reason="loads a file for x86-64; AArch64's are emulated below")
+@on_x86_64
 def test_a_loaded_file_is_right(tmp_path, monkeypatch):
     """The shared object's own code decides the launch that is interpreted."""
-    artifact, program = built(), host_program(tmp_path / "k.so", file_of("x86_64"))
+    artifact, program = built(), host_program(tmp_path / "k.so", COMBINE)
     monkeypatch.setattr(artifact, "_simulator_host", program, raising=False)
     parts, part_lse, out, lse = given = inputs()
     launch(artifact, (*given, None, None, None), names=CombineArguments._fields, outputs={"out": out, "lse": lse})
@@ -94,6 +99,20 @@ def test_a_loaded_file_is_right(tmp_path, monkeypatch):
     assert torch.allclose(out.float(), expected, atol=0.02)
     assert torch.allclose(lse, expected_lse.transpose(1, 2), atol=1e-4)
     assert len(program.launches) == 1
+
+
+@on_x86_64
+def test_a_loaded_file_takes_a_call_of_the_public_functions(tmp_path, monkeypatch):
+    """Groups of arguments included, of which some are empty."""
+    problem = AttentionProblem("bfloat16", 64, 64, mask="causal", lse=True, packed_q=True, packed_k=True)
+    artifact, program = built(problem), host_program(tmp_path / "k.so", problem)
+    monkeypatch.setattr(artifact, "_simulator_host", program, raising=False)
+    asked = []
+    monkeypatch.setattr(attention, "artifact", lambda problem, arch: asked.append(problem) or artifact)
+    q, k, v = rand("cpu", 50, 2, 64), rand("cpu", 90, 1, 64), rand("cpu", 90, 1, 64)
+    with simulate(ARCH):
+        assert_right(q, k, v, cu_seqlens_q=marks("cpu", 17, 33), cu_seqlens_k=marks("cpu", 60, 30), causal=True)
+    assert asked == [problem] and len(program.launches) == 1
 
 
 @pytest.fixture

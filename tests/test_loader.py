@@ -13,7 +13,18 @@ import pytest
 import torch
 from oracle import ints, marks
 
-from flash_attn_sm120 import cache, cli, flash_attn_func, flash_attn_varlen_func, kernel_file, loader, runtime, warmup
+from flash_attn_sm120 import (
+    cache,
+    calls,
+    cli,
+    flash_attn_func,
+    flash_attn_varlen_func,
+    kernel_file,
+    launchers,
+    loader,
+    runtime,
+    warmup,
+)
 from flash_attn_sm120.precompile import MANIFEST, precompile, write_manifest
 from flash_attn_sm120.problem import AttentionProblem, ClassifyProblem, CombineProblem, Mod
 from flash_attn_sm120.shipped import MODELS, Shapes, shipped_variants
@@ -45,7 +56,8 @@ def places(tmp_path, monkeypatch):
     monkeypatch.setenv(cache.DIRECTORY, str(tmp_path / "cache"))
     monkeypatch.setenv(loader.PRECOMPILED, str(tmp_path / "package"))
     monkeypatch.delenv(loader.NO_JIT, raising=False)
-    monkeypatch.setattr(loader, "_loaded", {})
+    for module, name in ((loader, "_loaded"), (launchers, "_launchers"), (launchers, "_targets"), (calls, "known")):
+        monkeypatch.setattr(module, name, {})
 
 
 @pytest.fixture
@@ -207,13 +219,13 @@ except TypeError as error:
 def test_the_real_compiler_once_and_files_ever_after(tmp_path, capsys, monkeypatch):
     """Compiled ahead for both processors, then put into wheels, then compiled at a call; each is loaded elsewhere."""
     folder = tmp_path / "package"
-    made = list(precompile([COMBINE], ["sm_120a"], ["x86_64", "aarch64"], folder, 1))
+    made = list(precompile([COMBINE], ["sm_120a"], ["x86_64", "aarch64"], folder, 1, cuda=12))
     assert [each.error for each in made] == [""]
     (folder / "stays.so").write_bytes(b"not a kernel")
     stale = kernel_file.built_in_key(PROBLEM, "sm_120a", "x86_64")
     (folder / kernel_file.file_name(stale)).write_bytes(kernel_file.pack(b"old", stale))
     rows = write_manifest([COMBINE], ["sm_120a"], ["x86_64", "aarch64"], folder)
-    assert {row["host"] for row in rows} == {"x86_64", "aarch64"}
+    assert {row["host"] for row in rows} == {"x86_64", "aarch64"} and {row["cuda"][:3] for row in rows} == {"12."}
     names = {path.name for path in folder.iterdir()}
     assert names == {"stays.so", MANIFEST, *(row["file"] for row in rows)}
     assert python(LOADS, **{loader.NO_JIT: "1"}).communicate()[0] == "Expects 7 parameters False\n"

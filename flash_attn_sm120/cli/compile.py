@@ -42,6 +42,9 @@ def add(commands: argparse._SubParsersAction) -> None:
     )
     parser.add_argument("--jobs", type=int, help="with --out: compilers at a time (default: as memory allows)")
     parser.add_argument("--only", metavar="TEXT", help="with --out: variants with this in their description")
+    parser.add_argument(
+        "--cuda", type=int, choices=(12, 13), help="with --out: the compiler's CUDA (default: the newest)"
+    )
     parser.set_defaults(run=lambda arguments: run(arguments, parser))
 
 
@@ -52,7 +55,7 @@ def _names(text: str) -> tuple[str, ...]:
 def run(arguments: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
     """The report, or with --out the files. parser: for what is wrong in the command line."""
     if arguments.out is None:
-        for name in ("host", "jobs", "only"):
+        for name in ("host", "jobs", "only", "cuda"):
             if getattr(arguments, name) is not None:
                 parser.error(f"argument --{name}: expected --out beside it")
         for name in arguments.arch:
@@ -66,7 +69,8 @@ def run(arguments: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
     for name in hosts:
         if name not in HOSTS:
             parser.error(f"argument --host: expected {' or '.join(HOSTS)}, got {name!r}")
-    return run_precompile(arguments.arch, hosts, arguments.out, arguments.jobs or 0, arguments.only or "")
+    more = (arguments.jobs or 0, arguments.only or "", arguments.cuda or 0)
+    return run_precompile(arguments.arch, hosts, arguments.out, *more)
 
 
 def report(arches: Sequence[str]) -> int:
