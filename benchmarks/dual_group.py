@@ -18,11 +18,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
-from forward import WRONG, launcher
-from sm120_mode import padded_smem
-from timing import median_ms
 
 from flash_attn_sm120.arguments import Arguments, DualGroupArguments, GroupLengths, Lengths, Numbers
+from flash_attn_sm120.bench.forward import WRONG, launcher
+from flash_attn_sm120.bench.sm120_mode import padded_smem
+from flash_attn_sm120.bench.timing import median_ms
 from flash_attn_sm120.checks import target_of
 from flash_attn_sm120.dispatch import Plan, choose
 from flash_attn_sm120.problem import AttentionProblem

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from flash_attn_sm120 import flash_attn_func, flash_attn_varlen_func
 from flash_attn_sm120.arguments import Arguments, Numbers
 from flash_attn_sm120.checks import target_of
-from flash_attn_sm120.compile import load
+from flash_attn_sm120.loader import load
 from flash_attn_sm120.problem import AttentionProblem
 
 

@@ -13,11 +13,14 @@ if TYPE_CHECKING:
     from flash_attn_sm120.interface import flash_attn_func, flash_attn_varlen_func
     from flash_attn_sm120.problem import AttentionProblem
     from flash_attn_sm120.scheduling import get_scheduler_metadata
+    from flash_attn_sm120.shipped import Shapes
+    from flash_attn_sm120.warm import warmup
 
 __version__ = "0.1.0"
 __all__ = [
     "AttentionProblem",
     "BlockSparseTensors",
+    "Shapes",
     "__version__",
     "dropout_mask",
     "flash_attn_combine",
@@ -26,6 +29,7 @@ __all__ = [
     "fused_zigzag_llama3_flash_attn_varlen_forward",
     "get_scheduler_metadata",
     "replace_execute_grouped_attention_with_fused_varlen",
+    "warmup",
 ]
 
 _HOMES = {
@@ -38,6 +42,8 @@ _HOMES = {
     "fused_zigzag_llama3_flash_attn_varlen_forward": "dual_group",
     "get_scheduler_metadata": "scheduling",
     "replace_execute_grouped_attention_with_fused_varlen": "grouped_attention",
+    "Shapes": "shipped",
+    "warmup": "warm",
 }
 
 

@@ -132,7 +132,7 @@ class ClassifyArguments(NamedTuple):
     mask_block_idx: Any  # (batch, heads, m_blocks, n_blocks)
     full_block_cnt: Any  # as mask_block_cnt
     full_block_idx: Any  # as mask_block_idx
-    lengths: Lengths = Lengths()
+    lengths: tuple = Lengths()
     aux: tuple = ()  # the mask_mod's tensors, then its scalars
     seqlen_q: Any = 0  # of every sequence, or the most that one has
     seqlen_k: Any = 0

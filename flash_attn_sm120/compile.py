@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import tempfile
-import threading
 import warnings
-from collections.abc import Callable
 from typing import Any
 
 import cutlass
 from cutlass import Float32, Int32, Int64, cute
 from cutlass.cute.runtime import make_fake_stream, make_fake_tensor
 
-from flash_attn_sm120 import cubin
+from flash_attn_sm120 import cubin, kernel_file, runtime, shared_object
 from flash_attn_sm120.arguments import (
     Arguments,
     BlockLists,
@@ -57,28 +55,7 @@ DTYPES = {
     "float8_e4m3fn": cutlass.Float8E4M3FN,
     "float8_e5m2": cutlass.Float8E5M2,
 }
-Problem = AttentionProblem | CombineProblem | ClassifyProblem
-
-_loaded: dict[tuple[Problem, str], Callable] = {}
-_lock = threading.Lock()
-
-
-def load(problem: Problem, arch: str) -> Callable:
-    """The launcher for a problem on a target such as "sm_120a"; compiled on first use, by one thread at a time.
-
-    Call it as fn(*arguments.Arguments(...)), and Partials or None for a decode problem, or DualGroupArguments,
-    CombineArguments or ClassifyArguments for their problems; plain tuples serve as groups. It launches on PyTorch's
-    current stream.
-    """
-    key = (problem, arch)
-    launcher = _loaded.get(key)
-    if launcher is None:
-        with _lock:
-            launcher = _loaded.get(key)
-            if launcher is None:
-                launcher, _ = build_best(problem, arch)
-                _loaded[key] = launcher
-    return launcher
+Problem = kernel_file.Problem
 
 
 def build_best(problem: Problem, arch: str, keep: bool = False, lines: bool = False) -> tuple[Any, Plan | None]:
@@ -106,6 +83,14 @@ def build(problem: Problem, plan: Plan | None, arch: str, keep: bool = False, li
         signature = {CombineProblem: _combine_signature, ClassifyProblem: _classify_signature}
         arguments = signature.get(type(problem), _signature)(problem)
         return cute.compile(kernel, *arguments, make_fake_stream(use_tvm_ffi_env_stream=True), options=options)
+
+
+def to_file(built: Any, key: kernel_file.Key) -> bytes:
+    """What build returned as the content of its file. One of loader.NOT_KEPT where that can't be made."""
+    from flash_attn_sm120 import export  # what it uses of the DSL isn't promised; calls do without
+
+    relocatable = export.to_object(built, key["host"])
+    return kernel_file.pack(shared_object.link(relocatable, runtime.SYMBOL, runtime.NEEDED), key)
 
 
 def _signature(problem: AttentionProblem) -> tuple:

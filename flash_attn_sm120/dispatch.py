@@ -247,10 +247,10 @@ def plan_for(kernel: str, problem: AttentionProblem, arch: str = "sm_120a") -> P
 def plans_for(kernel: str, problem: AttentionProblem, arch: str = "sm_120a") -> list[Plan]:
     """The kernel's plans for a problem, the fastest first, each with fewer scores in a thread than those before."""
     if kernel == "decode":
-        row = decode_row(problem)
-        size = decode_memory(problem, row.tile_m, row.tile_n, row.num_warps, row.stages).bytes
-        tile = (row.tile_m, row.tile_n, row.num_warps, row.blocks_per_sm)
-        return [Plan(kernel, *tile, size, loading_warps=0, stages=row.stages)]
+        own = decode_row(problem)
+        size = decode_memory(problem, own.tile_m, own.tile_n, own.num_warps, own.stages).bytes
+        tile = (own.tile_m, own.tile_n, own.num_warps, own.blocks_per_sm)
+        return [Plan(kernel, *tile, size, loading_warps=0, stages=own.stages)]
     way = loading_way(kernel, problem, arch)
     rows = TILES[kernel] if hands_over_registers(arch) else (*COMMON_TILES, *NARROW_TILES)
     plans, least = [], None

@@ -1,4 +1,4 @@
-"""The launcher for a problem on a device: compiled for its GPU, or, in tests, what stands in for it on a CPU."""
+"""The launcher for a problem on a device: the one for its GPU, or, in tests, what stands in for it on a CPU."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from contextlib import contextmanager
 
 import torch
 
-from flash_attn_sm120 import calls, checks
+from flash_attn_sm120 import calls, checks, loader
 from flash_attn_sm120.problem import AttentionProblem, ClassifyProblem, CombineProblem
 
 Problem = AttentionProblem | CombineProblem | ClassifyProblem
@@ -26,9 +26,7 @@ def load(problem: Problem, device: torch.device, name: str = "q") -> Callable:
         return _cpu_load(problem)
     launcher = _launchers.get((problem, device))
     if launcher is None:
-        from flash_attn_sm120 import compile
-
-        launcher = _launchers[problem, device] = compile.load(problem, target(device.index))
+        launcher = _launchers[problem, device] = loader.load(problem, target(device.index))
     return launcher
 
 

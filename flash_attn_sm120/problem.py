@@ -28,7 +28,7 @@ class Mod:
 
     digest: str
     width: int = 1
-    function: Callable = field(default=None, compare=False, repr=False)
+    function: Callable | None = field(default=None, compare=False, repr=False)
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,7 +7,7 @@ import pytest
 import stand_in
 import torch
 
-from flash_attn_sm120 import calls, dispatch, launchers
+from flash_attn_sm120 import calls, dispatch, launchers, loader
 from flash_attn_sm120.arguments import (
     Arguments,
     ClassifyArguments,
@@ -56,12 +56,11 @@ def gpu():
 @pytest.fixture
 def plain_kernel_only(monkeypatch):
     """No problem goes through TMA; what was compiled before is set aside."""
-    from flash_attn_sm120 import compile
     from flash_attn_sm120.simulator import attention
 
     monkeypatch.setattr(dispatch, "can_implement", lambda kernel, problem, arch: kernel == "forward")
     monkeypatch.setattr(dispatch, "use_decode", lambda *_: False)
-    for module, name in ((calls, "known"), (launchers, "_launchers"), (compile, "_loaded")):
+    for module, name in ((calls, "known"), (launchers, "_launchers"), (loader, "_loaded")):
         monkeypatch.setattr(module, name, {})
     monkeypatch.setattr(attention, "artifact", attention.artifact.__wrapped__)
 

@@ -45,7 +45,7 @@ class _Partials(NamedTuple):
 
 
 def load(problem: Problem, arch: str | None = None) -> Callable[..., None]:
-    """The launcher for a problem that runs on the interpreter: compile.load's arguments, as CPU tensors."""
+    """The launcher for a problem that runs on the interpreter: loader.load's arguments, as CPU tensors."""
     current = active()
     kernel = artifact(problem, arch or (current.arch if current else "sm_120a"))
 
