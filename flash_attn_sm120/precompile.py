@@ -78,7 +78,7 @@ def write_manifest(
                     continue
                 digest = hashlib.sha256(content).hexdigest()
                 row: dict[str, str | int] = {name: key[name] for name in ("variant", "target", "host", "problem")}
-                row["cuda"] = kernel_file.cuda_release(content)
+                row["cuda"] = kernel_file.read_note(content)[1]
                 rows.append({"file": kernel_file.file_name(key), "sha256": digest, "bytes": len(content), **row})
     listed = {row["file"] for row in rows}
     for path in folder.glob(f"*{kernel_file.SUFFIX}"):
@@ -137,7 +137,7 @@ def take_compiler(cuda: int) -> None:
 
 
 def _made_by(content: bytes, cuda: int) -> bool:
-    return not cuda or kernel_file.cuda_release(content).startswith(f"{cuda}.")
+    return not cuda or kernel_file.read_note(content)[1].startswith(f"{cuda}.")
 
 
 def _whole(problem: Problem, arch: str, host: str, folder: Path) -> bytes | None:
