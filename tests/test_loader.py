@@ -1,5 +1,6 @@
 """Where a launcher comes from: memory, the package's files, the cache, the compiler; and that it is compiled once."""
 
+import fcntl
 import json
 import os
 import subprocess
@@ -325,6 +326,26 @@ def test_warmup(compiler, opens, monkeypatch):
         warmup([64])
     with pytest.raises(ValueError, match="device: expected a CUDA device that PyTorch can use, got cpu"):
         warmup([COMBINE], "cpu")
+
+
+def test_a_compile_waits_until_another_leaves_memory(compiler, monkeypatch, tmp_path):
+    monkeypatch.setattr(loader, "compilers_that_fit", lambda: 2)
+    said = threading.Event()
+    monkeypatch.setattr(
+        loader.log, "warning", lambda text, *values: said.set() if "waiting for memory" in text else None
+    )
+    (tmp_path / "cache").mkdir(mode=0o700)
+    held = [open(tmp_path / "cache" / f"compiler-{place}.lock", "w") for place in range(2)]
+    for file in held:
+        fcntl.flock(file, fcntl.LOCK_EX)
+    thread = threading.Thread(target=loader.load, args=(PROBLEM, "sm_120a"))
+    thread.start()
+    said.wait()
+    assert not compiler
+    for file in held:
+        file.close()
+    thread.join()
+    assert compiler == [PROBLEM]
 
 
 def test_no_more_compilers_than_memory_holds(monkeypatch):
