@@ -335,7 +335,7 @@ def test_a_compile_waits_until_another_leaves_memory(compiler, monkeypatch, tmp_
         loader.log, "warning", lambda text, *values: said.set() if "waiting for memory" in text else None
     )
     (tmp_path / "cache").mkdir(mode=0o700)
-    held = [open(tmp_path / "cache" / f"compiler-{place}.lock", "w") for place in range(2)]
+    held = [os.open(tmp_path / "cache" / f"compiler-{place}.lock", os.O_RDWR | os.O_CREAT) for place in range(2)]
     for file in held:
         fcntl.flock(file, fcntl.LOCK_EX)
     thread = threading.Thread(target=loader.load, args=(PROBLEM, "sm_120a"))
@@ -343,7 +343,7 @@ def test_a_compile_waits_until_another_leaves_memory(compiler, monkeypatch, tmp_
     said.wait()
     assert not compiler
     for file in held:
-        file.close()
+        os.close(file)
     thread.join()
     assert compiler == [PROBLEM]
 
