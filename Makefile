@@ -10,8 +10,8 @@ VLLM := .venv/vllm/ready
 # What make wheels compiles for; ONLY names some variants by words of their description.
 ARCH ?= sm_120a,sm_121a
 HOST ?= x86_64,aarch64
-# Drivers for CUDA 12 and for 13 load what the compiler of 12 makes.
-CUDA ?= 12
+# Drivers for CUDA 12 load what 12's compiler makes only; some of its kernels have a stack, and 13's none.
+CUDA ?= 13
 ONLY ?=
 KERNELS := build/kernels
 

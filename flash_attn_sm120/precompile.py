@@ -54,7 +54,7 @@ def precompile(
 
     arches: such as "sm_120a". hosts: of HOSTS. processes: at a time, 0 for as many as processors and memory allow.
     cuda: 12 or 13, the compiler to take, 0 for the one that the DSL takes by itself. Drivers for CUDA 12 and for 13
-    load what 12's makes.
+    load what 12's makes, some of whose kernels have a stack that 13's haven't.
     """
     folder.mkdir(parents=True, exist_ok=True)
     jobs = [Job(problem, arch, tuple(hosts), str(folder), cuda) for arch in arches for problem in problems]

@@ -145,7 +145,11 @@ def test_the_package_comes_before_the_cache_and_the_cache_before_the_compiler(co
     assert loader.source_of(PROBLEM, "sm_120a") == "precompiled"
     assert loader.load(PROBLEM, "sm_120a") == brought
     monkeypatch.setattr(loader, "_loaded", {})
-    brought.write_bytes(brought.read_bytes()[:-1])
+    monkeypatch.setattr(runtime, "driver_major", lambda: 12)
+    for made_by, expected in (("12.9", "precompiled"), ("13.4", "cached")):
+        brought.write_bytes(kernel_file.pack(bytes(10), key, made_by))
+        assert loader.source_of(PROBLEM, "sm_120a") == expected
+    brought.write_bytes(kernel_file.pack(bytes(10), key, "12.9")[:-1])
     assert loader.load(PROBLEM, "sm_120a") == cached and compiler == [PROBLEM]
 
 
