@@ -7,11 +7,12 @@ RUN := .venv/bin/python
 READY := .venv/ready
 VLLM := .venv/vllm/ready
 
-# What make wheels compiles for.
+# What make wheels compiles for; ONLY names some variants by words of their description.
 ARCH ?= sm_120a,sm_121a
 HOST ?= x86_64,aarch64
-# Drivers for CUDA 12 and for 13 load what the compiler of 12 makes.
-CUDA ?= 12
+# Drivers for CUDA 12 load what 12's compiler makes only; some of its kernels have a stack, and 13's none.
+CUDA ?= 13
+ONLY ?=
 KERNELS := build/kernels
 
 .PHONY: demo test test-vllm lint wheels clean
@@ -60,7 +61,7 @@ wheels: $(READY)
 	$(RUN) -m pip install -q build
 	rm -rf dist build/lib
 	$(RUN) -m build --wheel
-	$(RUN) -m flash_attn_sm120 compile --arch $(ARCH) --host $(HOST) --cuda $(CUDA) --out $(KERNELS)
+	$(RUN) -m flash_attn_sm120 compile --arch $(ARCH) --host $(HOST) --cuda $(CUDA) --only "$(ONLY)" --out $(KERNELS)
 	$(RUN) tools/wheels.py dist/*-none-any.whl $(KERNELS) dist
 
 clean:

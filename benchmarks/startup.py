@@ -60,7 +60,7 @@ out = out[0] if isinstance(out, tuple) else out
 decode_s, _ = timed(lambda: attend(one, k, v, causal=True))
 found = {"import_s": import_s, "first_s": first_s, "decode_s": decode_s, "peak_mb": peak() - before}
 found["off"] = (out.float() - expected).abs().max().item()
-small = q[:, :16].contiguous()
+small = q[:, :32].contiguous()
 for _ in range(50):
     attend(small, small, small, causal=True)
 rounds = []

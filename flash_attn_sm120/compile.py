@@ -90,7 +90,8 @@ def to_file(built: Any, key: kernel_file.Key) -> bytes:
     from flash_attn_sm120 import export  # what it uses of the DSL isn't promised; calls do without
 
     relocatable = export.to_object(built, key["host"])
-    return kernel_file.pack(shared_object.link(relocatable, runtime.SYMBOL, runtime.NEEDED), key)
+    linked = shared_object.link(relocatable, runtime.SYMBOL, runtime.NEEDED)
+    return kernel_file.pack(linked, key, export.cuda_release())
 
 
 def _signature(problem: AttentionProblem) -> tuple:

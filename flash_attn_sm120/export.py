@@ -12,12 +12,18 @@ from pathlib import Path
 from typing import Any
 
 from cutlass.base_dsl.export import get_export_module
+from cutlass.base_dsl.version_info import CUDA_VERSION
 from cutlass.cutlass_dsl import tvm_ffi_provider
 
 from flash_attn_sm120.runtime import SYMBOL
 
 ENTRY = SYMBOL.removeprefix("__tvm_ffi_")
 TRIPLES = {"x86_64": "x86_64-unknown-linux-gnu", "aarch64": "aarch64-unknown-linux-gnu"}
+
+
+def cuda_release() -> str:
+    """Of the compiler's CUDA, such as "12.9"."""
+    return f"{CUDA_VERSION.major}.{CUDA_VERSION.minor}"
 
 
 def to_object(built: Any, host: str) -> bytes:

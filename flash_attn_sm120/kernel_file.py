@@ -10,7 +10,6 @@ import functools
 import hashlib
 import json
 import platform
-import re
 import struct
 import sys
 from collections.abc import Mapping
@@ -77,25 +76,31 @@ def uses_function(problem: Problem) -> bool:
 
 
 def file_name(key: Key) -> str:
-    return hashlib.sha256(_text(key)).hexdigest()[:40] + SUFFIX
+    return hashlib.sha256(json.dumps(dict(key), sort_keys=True).encode()).hexdigest()[:40] + SUFFIX
 
 
-def pack(shared_object: bytes, key: Key) -> bytes:
-    """What is written to the file."""
-    text = _text(key)
+def pack(shared_object: bytes, key: Key, made_by: str = "") -> bytes:
+    """What is written to the file. made_by: release of the CUDA compiler, such as "12.9"."""
+    text = json.dumps([dict(key), made_by], sort_keys=True).encode()
     body = shared_object + text
     return body + TAIL.pack(hashlib.sha256(body).digest(), len(text), MAGIC)
 
 
-def read_key(content: bytes) -> dict[str, str]:
-    """The key of a whole file. Damaged where it is cut short, changed, or another kind of file."""
+def read_note(content: bytes) -> tuple[dict[str, str], str]:
+    """(key, made_by) of a whole file. Damaged where it is cut short, changed, or another kind of file."""
     if len(content) < TAIL.size:
         raise Damaged(f"{len(content)} bytes")
     checksum, length, magic = TAIL.unpack_from(content, len(content) - TAIL.size)
     body = content[: -TAIL.size]
     if magic != MAGIC or length > len(body) or hashlib.sha256(body).digest() != checksum:
         raise Damaged("cut short or changed")
-    return json.loads(body[len(body) - length :])
+    key, made_by = json.loads(body[len(body) - length :])
+    return key, made_by
+
+
+def read_key(content: bytes) -> dict[str, str]:
+    """The key of a whole file; raises as read_note does."""
+    return read_note(content)[0]
 
 
 def check(content: bytes, key: Key) -> None:
@@ -104,12 +109,6 @@ def check(content: bytes, key: Key) -> None:
     if found != dict(key):
         differs = next(name for name in (*key, *found) if key.get(name) != found.get(name))
         raise Damaged(f"{differs}: expected {key.get(differs)}, got {found.get(differs)}")
-
-
-def cuda_release(content: bytes) -> str:
-    """Of the CUDA compiler that made the kernel inside, such as "12.9", as it says itself; "" where it doesn't."""
-    found = re.search(rb"Cuda compilation tools, release (\d+\.\d+)", content)
-    return found[1].decode() if found else ""
 
 
 @functools.cache
@@ -129,7 +128,3 @@ def _version(package: str, parts: int | None = None) -> str:
         return ".".join(metadata.version(package).split(".")[:parts])
     except metadata.PackageNotFoundError:
         return "none"
-
-
-def _text(key: Key) -> bytes:
-    return json.dumps(dict(key), sort_keys=True).encode()

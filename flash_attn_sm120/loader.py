@@ -93,13 +93,20 @@ def _precompiled(problem: Problem, arch: str) -> Path | None:
         return None
     path = precompiled_folder() / kernel_file.file_name(key)
     try:
-        kernel_file.check(path.read_bytes(), key)
+        content = path.read_bytes()
+        kernel_file.check(content, key)
     except FileNotFoundError:
         return None
     except (OSError, ValueError) as reason:
         log.warning("passed over a file of the package: %s, %s", path, reason)
         return None
-    return path
+    return path if _driver_takes(kernel_file.read_note(content)[1]) else None
+
+
+def _driver_takes(made_by: str) -> bool:
+    """A driver loads what the CUDA compilers of its own major release and of older ones make."""
+    newest = runtime.driver_major()
+    return newest is None or not made_by or int(made_by.partition(".")[0]) <= newest
 
 
 def _cached_key(problem: Problem, arch: str) -> Key | None:

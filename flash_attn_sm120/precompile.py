@@ -54,7 +54,7 @@ def precompile(
 
     arches: such as "sm_120a". hosts: of HOSTS. processes: at a time, 0 for as many as processors and memory allow.
     cuda: 12 or 13, the compiler to take, 0 for the one that the DSL takes by itself. Drivers for CUDA 12 and for 13
-    load what 12's makes.
+    load what 12's makes, some of whose kernels have a stack that 13's haven't.
     """
     folder.mkdir(parents=True, exist_ok=True)
     jobs = [Job(problem, arch, tuple(hosts), str(folder), cuda) for arch in arches for problem in problems]
@@ -78,7 +78,7 @@ def write_manifest(
                     continue
                 digest = hashlib.sha256(content).hexdigest()
                 row: dict[str, str | int] = {name: key[name] for name in ("variant", "target", "host", "problem")}
-                row["cuda"] = kernel_file.cuda_release(content)
+                row["cuda"] = kernel_file.read_note(content)[1]
                 rows.append({"file": kernel_file.file_name(key), "sha256": digest, "bytes": len(content), **row})
     listed = {row["file"] for row in rows}
     for path in folder.glob(f"*{kernel_file.SUFFIX}"):
@@ -137,7 +137,7 @@ def take_compiler(cuda: int) -> None:
 
 
 def _made_by(content: bytes, cuda: int) -> bool:
-    return not cuda or kernel_file.cuda_release(content).startswith(f"{cuda}.")
+    return not cuda or kernel_file.read_note(content)[1].startswith(f"{cuda}.")
 
 
 def _whole(problem: Problem, arch: str, host: str, folder: Path) -> bytes | None:

@@ -58,7 +58,7 @@ def _runtime_libraries() -> Iterator[Path]:
     for name in filter(None, os.environ.get("CUTE_DSL_LIBS", "").split(os.pathsep)):
         if Path(name).name == RUNTIME:
             yield Path(name)
-    major = _driver_major()
+    major = driver_major()
     for cuda in ("cu13", "cu12"):
         for root in dsl_folders():
             path = Path(root, cuda, "lib", RUNTIME)
@@ -66,7 +66,8 @@ def _runtime_libraries() -> Iterator[Path]:
                 yield path
 
 
-def _driver_major() -> int | None:
+@functools.cache
+def driver_major() -> int | None:
     """The newest CUDA that the driver runs, or None without a driver."""
     try:
         driver = ctypes.CDLL("libcuda.so.1")

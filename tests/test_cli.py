@@ -25,7 +25,7 @@ def test_help_needs_neither_torch_nor_cutlass():
     )
     answer = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert answer.returncode == 0, answer.stderr
-    for command in ("doctor", "check", "bench", "compile"):
+    for command in ("doctor", "check", "bench", "compile", "cache"):
         assert command in answer.stdout
 
 
@@ -137,6 +137,42 @@ def test_compile_shows_predictions_and_says_when_it_cannot(monkeypatch, capsys):
     assert cli.main(["compile", "--arch", "sm_120a"]) == 0
     header, line, *rest = capsys.readouterr().out.splitlines()
     assert "not available: no nvdisasm" in line and "pip install nvidia-cuda-nvdisasm" in rest[0]
+
+
+def test_compile_to_files(tmp_path, monkeypatch, capsys):
+    from flash_attn_sm120 import precompile
+
+    jobs = []
+
+    def made(problems, arches, hosts, folder, processes, cuda):
+        for problem in problems:
+            jobs.append(precompile.Job(problem, *arches, hosts, str(folder), cuda))
+            yield precompile.Made(jobs[-1], "" if problem.split else f"no {problem.head_dim}")
+
+    monkeypatch.setattr(precompile, "precompile", made)
+    options = [
+        "--out",
+        str(tmp_path),
+        "--arch",
+        "sm_90a",
+        "--host",
+        "aarch64",
+        "--cuda",
+        "12",
+        "--only",
+        "192/128 causal",
+    ]
+    assert cli.main(["compile", *options]) == 1
+    text = capsys.readouterr().out
+    assert len(jobs) == 13 and text.count("no 192") == 9 and "0 files of 13 variants" in text
+    assert {(job.arch, job.hosts, job.cuda) for job in jobs} == {("sm_90a", ("aarch64",), 12)}
+    for wrong, message in (
+        (["--arch", "sm_90"], "--arch: expected targets such as sm_120a, got 'sm_90'"),
+        (["--host", "riscv64"], "--host: expected x86_64 or aarch64, got 'riscv64'"),
+    ):
+        with pytest.raises(SystemExit) as stopped:
+            cli.main(["compile", "--out", str(tmp_path), *wrong])
+        assert stopped.value.code == 2 and message in capsys.readouterr().err
 
 
 def test_explain():

@@ -1,5 +1,6 @@
 """Where a launcher comes from: memory, the package's files, the cache, the compiler; and that it is compiled once."""
 
+import fcntl
 import json
 import os
 import subprocess
@@ -144,7 +145,11 @@ def test_the_package_comes_before_the_cache_and_the_cache_before_the_compiler(co
     assert loader.source_of(PROBLEM, "sm_120a") == "precompiled"
     assert loader.load(PROBLEM, "sm_120a") == brought
     monkeypatch.setattr(loader, "_loaded", {})
-    brought.write_bytes(brought.read_bytes()[:-1])
+    monkeypatch.setattr(runtime, "driver_major", lambda: 12)
+    for made_by, expected in (("12.9", "precompiled"), ("13.4", "cached")):
+        brought.write_bytes(kernel_file.pack(bytes(10), key, made_by))
+        assert loader.source_of(PROBLEM, "sm_120a") == expected
+    brought.write_bytes(kernel_file.pack(bytes(10), key, "12.9")[:-1])
     assert loader.load(PROBLEM, "sm_120a") == cached and compiler == [PROBLEM]
 
 
@@ -219,13 +224,15 @@ except TypeError as error:
 def test_the_real_compiler_once_and_files_ever_after(tmp_path, capsys, monkeypatch):
     """Compiled ahead for both processors, then put into wheels, then compiled at a call; each is loaded elsewhere."""
     folder = tmp_path / "package"
-    made = list(precompile([COMBINE], ["sm_120a"], ["x86_64", "aarch64"], folder, 1, cuda=12))
+    libraries = [path for root in runtime.dsl_folders() for path in root.glob(f"cu*/lib/{runtime.RUNTIME}")]
+    cuda = min(int(path.parts[-3][2:]) for path in libraries)  # where there are two, not the one that the DSL takes
+    made = list(precompile([COMBINE], ["sm_120a"], ["x86_64", "aarch64"], folder, 1, cuda))
     assert [each.error for each in made] == [""]
     (folder / "stays.so").write_bytes(b"not a kernel")
     stale = kernel_file.built_in_key(PROBLEM, "sm_120a", "x86_64")
     (folder / kernel_file.file_name(stale)).write_bytes(kernel_file.pack(b"old", stale))
     rows = write_manifest([COMBINE], ["sm_120a"], ["x86_64", "aarch64"], folder)
-    assert {row["host"] for row in rows} == {"x86_64", "aarch64"} and {row["cuda"][:3] for row in rows} == {"12."}
+    assert {row["host"] for row in rows} == {"x86_64", "aarch64"} and {row["cuda"][:2] for row in rows} == {str(cuda)}
     names = {path.name for path in folder.iterdir()}
     assert names == {"stays.so", MANIFEST, *(row["file"] for row in rows)}
     assert python(LOADS, **{loader.NO_JIT: "1"}).communicate()[0] == "Expects 7 parameters False\n"
@@ -325,6 +332,26 @@ def test_warmup(compiler, opens, monkeypatch):
         warmup([64])
     with pytest.raises(ValueError, match="device: expected a CUDA device that PyTorch can use, got cpu"):
         warmup([COMBINE], "cpu")
+
+
+def test_a_compile_waits_until_another_leaves_memory(compiler, monkeypatch, tmp_path):
+    monkeypatch.setattr(loader, "compilers_that_fit", lambda: 2)
+    said = threading.Event()
+    monkeypatch.setattr(
+        loader.log, "warning", lambda text, *values: said.set() if "waiting for memory" in text else None
+    )
+    (tmp_path / "cache").mkdir(mode=0o700)
+    held = [os.open(tmp_path / "cache" / f"compiler-{place}.lock", os.O_RDWR | os.O_CREAT) for place in range(2)]
+    for file in held:
+        fcntl.flock(file, fcntl.LOCK_EX)
+    thread = threading.Thread(target=loader.load, args=(PROBLEM, "sm_120a"))
+    thread.start()
+    said.wait()
+    assert not compiler
+    for file in held:
+        os.close(file)
+    thread.join()
+    assert compiler == [PROBLEM]
 
 
 def test_no_more_compilers_than_memory_holds(monkeypatch):
