@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import numbers
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -29,12 +29,12 @@ class DualGroupCall(NamedTuple):
     """What all calls with the same arguments but for addresses and contents have in common; checked once."""
 
     launcher: Callable | None  # None: there is nothing to compute
-    out_shapes: tuple[tuple[int, ...], tuple[int, ...]]
-    lse_shapes: tuple[tuple[int, int], tuple[int, int]]
+    out_shapes: tuple[tuple[int, ...], ...]
+    lse_shapes: tuple[tuple[int, ...], ...]
     numbers: Numbers
-    limits: tuple[int, int] | None  # None: they come as tensors
+    limits: tuple[int, ...] | None  # None: they come as tensors
     readable: bool  # q0, q1, k and v have strides that the kernel can follow
-    writable: tuple[bool, bool]  # out0 and out1, if given, have
+    writable: tuple[bool, ...]  # out0 and out1, if given, have
     reaches: tuple[int, ...]  # bytes that q0, q1, k and v extend over
     device_index: int | None
 
@@ -55,7 +55,7 @@ def fused_zigzag_llama3_flash_attn_varlen_forward(
     softmax_scale: float | None = None,
     causal: bool = True,
     *,
-    window_size: tuple[int | None, int | None] = (-1, -1),
+    window_size: Sequence[int | None] = (-1, -1),
     softcap: float = 0.0,
     learnable_sink: torch.Tensor | None = None,
     dropout_p: float = 0.0,
@@ -92,6 +92,7 @@ def fused_zigzag_llama3_flash_attn_varlen_forward(
     marks = (cu_seqlens_q0, cu_seqlens_q1, cu_seqlens_k)
     lengths = (max_seqlen_q0, max_seqlen_q1, max_seqlen_k)
     options = (softmax_scale, causal, window_size, softcap, dropout_p, padded_lse)
+    key: tuple | None
     try:
         # True == 1 and hashes alike, but only one of them is a bool
         key = (
@@ -104,7 +105,8 @@ def fused_zigzag_llama3_flash_attn_varlen_forward(
         call = calls.known.get(key)
     except (AttributeError, TypeError):
         key = call = None
-    limits, outs = (max_kv_len_q0, max_kv_len_q1), (out0, out1)
+    limits: tuple = (max_kv_len_q0, max_kv_len_q1)
+    outs = (out0, out1)
     if call is None:
         call = _prepare((q0, q1), k, v, marks, lengths, limits, learnable_sink, outs, options)
         if key is not None:
@@ -122,12 +124,12 @@ def fused_zigzag_llama3_flash_attn_varlen_forward(
         q0.new_empty(call.out_shapes[0]) if out0 is None else out0,
         q0.new_empty(call.out_shapes[1]) if out1 is None else out1,
     )
-    lses = tuple(q0.new_empty(shape, dtype=torch.float32) for shape in call.lse_shapes)
+    lse0, lse1 = (q0.new_empty(shape, dtype=torch.float32) for shape in call.lse_shapes)
     if padded_lse:
-        for lse in lses:
+        for lse in (lse0, lse1):
             lse.fill_(-math.inf)
     if call.launcher is not None:
-        targets = results
+        targets: Sequence[torch.Tensor] = results
         if not (out0 is out1 is None):
             targets = _targets(outs, results, (q0, q1, k, v), call)
         if not call.readable or (q0.data_ptr() | q1.data_ptr() | k.data_ptr() | v.data_ptr()) % 16:
@@ -135,8 +137,8 @@ def fused_zigzag_llama3_flash_attn_varlen_forward(
         if call.limits is not None:
             limits = call.limits
         elif not (isinstance(max_kv_len_q0, torch.Tensor) and isinstance(max_kv_len_q1, torch.Tensor)):
-            limits = [_as_tensor(limit, marks[2]) for limit in limits]
-        arguments = (q0, q1, k, v, *targets, *lses, (*marks, *limits), learnable_sink, call.numbers)
+            limits = tuple(_as_tensor(limit, marks[2]) for limit in limits)
+        arguments = (q0, q1, k, v, *targets, lse0, lse1, (*marks, *limits), learnable_sink, call.numbers)
         if call.device_index is not None and call.device_index != torch.cuda.current_device():
             with torch.cuda.device(call.device_index):
                 call.launcher(*arguments)
@@ -146,7 +148,7 @@ def fused_zigzag_llama3_flash_attn_varlen_forward(
             for target, result in zip(targets, results, strict=True):
                 if target.data_ptr() != result.data_ptr():
                     result.detach().copy_(target)
-    return (*results, *lses)
+    return (*results, lse0, lse1)
 
 
 def _targets(outs: tuple, results: tuple, inputs: tuple, call: DualGroupCall) -> list[torch.Tensor]:

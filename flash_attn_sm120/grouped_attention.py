@@ -30,7 +30,7 @@ def replace_execute_grouped_attention_with_fused_varlen(
     softmax_scale: float | None,
     dropout_p: float,
     causal: bool,
-    window_size: tuple[int | None, int | None],
+    window_size: Sequence[int | None],
     alibi_slopes: None,
     deterministic: bool,
     world_size: int,
@@ -88,9 +88,10 @@ def replace_execute_grouped_attention_with_fused_varlen(
 
     chunk = (cu_seqlens_k[1:] - cu_seqlens_k[:-1]) // 2
     limits = [(chunk * (index + 1)).int() for index in (chunk_idx_0, chunk_idx_1)]
+    (q0, q1), (marks0, marks1) = chunk_q_list, chunk_cu_seqlens_q_list
     out0, out1, lse0, lse1 = fused_zigzag_llama3_flash_attn_varlen_forward(
-        *chunk_q_list, k, v, *chunk_cu_seqlens_q_list, cu_seqlens_k * world_size, None, None, None, *limits,
-        softmax_scale, causal, window_size=window_size,
+        q0, q1, k, v, marks0, marks1, cu_seqlens_k * world_size, None, None, None, limits[0], limits[1], softmax_scale,
+        causal, window_size=window_size,
     )  # fmt: skip
     tokens = out0.shape[0] + out1.shape[0]
     out = out0.new_empty(tokens, *out0.shape[1:])
