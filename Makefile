@@ -1,4 +1,4 @@
-# make demo, make test, make test-vllm: each sets up what it needs in .venv first. PYTHON names the interpreter to start from, 3.10 to 3.13;
+# make demo, make test, make test-vllm, make wheels: each sets up what it needs in .venv first. PYTHON names the interpreter to start from, 3.10 to 3.13;
 # WORKERS says how many tests run at a time.
 
 PYTHON ?= python3
@@ -7,7 +7,15 @@ RUN := .venv/bin/python
 READY := .venv/ready
 VLLM := .venv/vllm/ready
 
-.PHONY: demo test test-vllm lint clean
+# What make wheels compiles for; ONLY names some variants by words of their description.
+ARCH ?= sm_120a,sm_121a
+HOST ?= x86_64,aarch64
+# Drivers for CUDA 12 load what 12's compiler makes only; some of its kernels have a stack, and 13's none.
+CUDA ?= 13
+ONLY ?=
+KERNELS := build/kernels
+
+.PHONY: demo test test-vllm lint wheels clean
 
 demo: $(READY)
 	$(RUN) -m flash_attn_sm120 doctor || true
@@ -24,6 +32,7 @@ test-vllm: $(READY) $(VLLM)
 lint: $(READY)
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
+	$(RUN) -m mypy
 
 # A PyTorch that already drives a GPU is its owner's choice and stays; else torch comes first and by itself, so that
 # nothing that is installed after it picks another build.
@@ -46,5 +55,14 @@ $(VLLM): $(READY) tests/integration/vllm_python.py tests/integration/vllm_requir
 	$(RUN) tests/integration/vllm_python.py .venv/vllm
 	@touch $@
 
+# The pure wheel, and one for each processor with compiled kernels inside; no GPU takes part. Kernels that were compiled
+# from the same sources before stay.
+wheels: $(READY)
+	$(RUN) -m pip install -q build
+	rm -rf dist build/lib
+	$(RUN) -m build --wheel
+	$(RUN) -m flash_attn_sm120 compile --arch $(ARCH) --host $(HOST) --cuda $(CUDA) --only "$(ONLY)" --out $(KERNELS)
+	$(RUN) tools/wheels.py dist/*-none-any.whl $(KERNELS) dist
+
 clean:
-	rm -rf .venv build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
+	rm -rf .venv build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis

@@ -16,12 +16,12 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-from forward import Cell, launcher, ours, queue_for
-from sm120_mode import padded_smem
-from timing import median_ms
 
 from flash_attn_sm120 import mods, reference
 from flash_attn_sm120.arguments import Arguments, Modifiers, Numbers
+from flash_attn_sm120.bench.forward import Cell, launcher, ours, queue_for
+from flash_attn_sm120.bench.sm120_mode import padded_smem
+from flash_attn_sm120.bench.timing import median_ms
 from flash_attn_sm120.block_sparse import BlockSparseTensors
 from flash_attn_sm120.changes import changes_of, kernel_fields, problem_fields
 from flash_attn_sm120.checks import target_of

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from flash_attn_sm120 import flash_attn_func, flash_attn_varlen_func
 from flash_attn_sm120.arguments import Arguments, Numbers
 from flash_attn_sm120.checks import target_of
-from flash_attn_sm120.compile import load
+from flash_attn_sm120.loader import load
 from flash_attn_sm120.problem import AttentionProblem
 
 
@@ -38,12 +38,14 @@ def main() -> None:
     q = torch.randn(1, 16, 2, 128, device="cuda", dtype=torch.bfloat16)
     packed, marks = q[0], torch.tensor([0, 16], device="cuda", dtype=torch.int32)
     out = torch.empty_like(q)
+    rows = torch.randn(1, 100, 2, 128, device="cuda", dtype=torch.bfloat16)  # more than a decode has
     heads_first = q.transpose(1, 2)
     calls = {
         "flash_attn_func": lambda: flash_attn_func(q, q, q),
         "flash_attn_func, causal, out=": lambda: flash_attn_func(q, q, q, causal=True, out=out),
         "flash_attn_func, return_lse": lambda: flash_attn_func(q, q, q, return_lse=True),
         "flash_attn_varlen_func": lambda: flash_attn_varlen_func(packed, packed, packed, marks, marks, 16, 16),
+        "flash_attn_func, prefill": lambda: flash_attn_func(rows, rows, rows, causal=True),
         "torch SDPA": lambda: F.scaled_dot_product_attention(heads_first, heads_first, heads_first),
     }
     launcher = load(AttentionProblem("bfloat16", 128, 128), target_of(torch.cuda.get_device_capability()))

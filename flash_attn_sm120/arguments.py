@@ -85,6 +85,32 @@ class Queue(NamedTuple):
     sm_count: Any  # multiprocessors of the GPU
 
 
+class GroupLengths(NamedTuple):
+    """How long the sequences of two query groups and of their keys are; int32."""
+
+    cu_seqlens_q0: Any  # (batch + 1,)
+    cu_seqlens_q1: Any  # (batch + 1,)
+    cu_seqlens_k: Any  # (batch + 1,)
+    max_kv_len_q0: Any  # of the first keys of a sequence, how many group 0 sees: a number, or (batch,)
+    max_kv_len_q1: Any  # likewise
+
+
+class DualGroupArguments(NamedTuple):
+    """What the launcher of a dual-group problem takes in place of Arguments; all packed."""
+
+    q0: Any  # (total_q0, heads, head_dim)
+    q1: Any  # (total_q1, heads, head_dim)
+    k: Any  # (total_k, heads_kv, head_dim)
+    v: Any  # (total_k, heads_kv, head_dim_v)
+    out0: Any  # (total_q0, heads, head_dim_v)
+    out1: Any  # (total_q1, heads, head_dim_v)
+    lse0: Any  # (heads, total_q0) or, padded, (batch * heads, at least the longest of q0's sequences)
+    lse1: Any  # likewise
+    lengths: GroupLengths
+    learnable_sink: Any = None  # (heads,) bfloat16 or float32
+    numbers: Numbers = Numbers()
+
+
 class Partials(NamedTuple):
     """What the blocks of a split decode tell one another. A launcher of a decode problem takes it after Arguments, None
     where the problem isn't split. out and lse hold anything, tickets zeros, before a launch and after."""
@@ -114,7 +140,7 @@ class ClassifyArguments(NamedTuple):
     mask_block_idx: Any  # (batch, heads, m_blocks, n_blocks)
     full_block_cnt: Any  # as mask_block_cnt
     full_block_idx: Any  # as mask_block_idx
-    lengths: Lengths = Lengths()
+    lengths: tuple = Lengths()
     aux: tuple = ()  # the mask_mod's tensors, then its scalars
     seqlen_q: Any = 0  # of every sequence, or the most that one has
     seqlen_k: Any = 0

@@ -58,7 +58,7 @@ class BlockSparseTensors:
         names = ("kv_num_blocks", "kv_indices", "full_kv_num_blocks", "full_kv_indices")
         given = (getattr(block_mask, name) for name in names)
         lists = [None if tensor is None else tensor.to(torch.int32).contiguous() for tensor in given]
-        return cls(*lists, block_size=block_size)
+        return cls(lists[0], lists[1], lists[2], lists[3], block_size)
 
     @classmethod
     def from_dense(cls, mask: torch.Tensor, block_size: int | tuple[int, int] = (128, 128)) -> BlockSparseTensors:
@@ -89,9 +89,9 @@ class BlockSparseTensors:
             every.append(seen == heights[:, None] * sizes)
         if not some:
             some = every = [mask.new_zeros(batch, heads, 0, n_blocks)]
-        some, every = torch.cat(some, 2), torch.cat(every, 2)
-        every &= some
-        return cls(*_lists(some & ~every), *_lists(every), block_size=(rows, cols))
+        seen_any = torch.cat(some, 2)
+        full = torch.cat(every, 2) & seen_any
+        return cls(*_lists(seen_any & ~full), *_lists(full), block_size=(rows, cols))
 
     @classmethod
     def from_mask_mod(
@@ -146,15 +146,15 @@ class BlockSparseTensors:
             checks.refuse("batch", "fewer than 2^31 rows of blocks in all", f"shape {shape[:3]}")
         flags = [tensor is not None for tensor in given.values()]
         problem = ClassifyProblem(mod, (rows, cols), aux, *flags)
-        lists = [torch.zeros(shape[:size], dtype=torch.int32, device=device) for size in (3, 4, 3, 4)]
+        a, b, c, d = (torch.zeros(shape[:size], dtype=torch.int32, device=device) for size in (3, 4, 3, 4))
         values = (*(tensor.detach() for tensor in aux_tensors), *aux_scalars)
-        arguments = ClassifyArguments(*lists, tuple(lengths), values, seqlen_q, seqlen_k)
+        arguments = ClassifyArguments(a, b, c, d, tuple(lengths), values, seqlen_q, seqlen_k)
         if shape[2] == 0:
             launchers.check_device(device, "device")
         else:
             with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
                 launchers.load(problem, device, "device")(*arguments)
-        return cls(*lists, block_size=(rows, cols))
+        return cls(a, b, c, d, (rows, cols))
 
     def to_dense(self, seqlen_q: int, seqlen_k: int) -> tuple[torch.Tensor, torch.Tensor]:
         """(visible, needs_mask_mod): bool (batch or 1, heads or 1, seqlen_q, seqlen_k).
@@ -168,7 +168,7 @@ class BlockSparseTensors:
         checks_sparse.check_block_sparse(self, batch, heads, seqlen_q, seqlen_k, device, exact=False)
         empty = torch.zeros(batch, heads, seqlen_q, seqlen_k, dtype=torch.bool, device=device)
         masked, full = (
-            empty if cnt is None else empty | _spread(cnt, idx, seqlen_q, seqlen_k, self.block_size)
+            empty if cnt is None or idx is None else empty | _spread(cnt, idx, seqlen_q, seqlen_k, self.block_size)
             for cnt, idx in ((self.mask_block_cnt, self.mask_block_idx), (self.full_block_cnt, self.full_block_idx))
         )
         return masked | full, masked

@@ -44,7 +44,7 @@ class Options(NamedTuple):
 class Call(NamedTuple):
     """What all calls with the same arguments but for addresses and contents have in common; checked once."""
 
-    launcher: Callable | None  # None: there is nothing to compute
+    launcher: Any  # a callable, or None: there is nothing to compute
     out_shape: tuple[int, ...]
     lse_shape: tuple[int, ...] | None
     numbers: Numbers

@@ -18,7 +18,7 @@ from flash_attn_sm120.mod_key import mod_of
 from flash_attn_sm120.problem import Mod
 from flash_attn_sm120.workspace import lasting
 
-UNCHANGED = (0.0, None, None, None, None, None, None)  # what changes_of takes after q, of a call without any
+UNCHANGED: tuple = (0.0, None, None, None, None, None, None)  # what changes_of takes after q, of a call without any
 _no_blocks: dict[torch.device, torch.Tensor] = {}
 
 

@@ -120,7 +120,7 @@ def check_lengths(
     """Form of the length tensors, and that all sides name the same batch; returns it. Reads no values.
 
     paged: k is a pool and names no batch."""
-    batch = source = None
+    batch, source = -1, ""
     for name, tensor, cu_seqlens, seqused in (("q", q, cu_seqlens_q, seqused_q), ("k", k, cu_seqlens_k, seqused_k)):
         found = batch if paged and name == "k" else tensor.shape[0]
         if cu_seqlens is not None:
@@ -128,7 +128,7 @@ def check_lengths(
             if found < 0:
                 refuse(f"cu_seqlens_{name}", "int32 of shape (batch + 1,)", describe(cu_seqlens))
         own = name if cu_seqlens is None else f"cu_seqlens_{name}"
-        if batch is None:
+        if not source:
             batch, source = found, own
         elif found != batch:
             refuse(own, f"a batch of {batch} as {source}", found)
@@ -191,7 +191,7 @@ def check_length_values(
 
     capacity: rows of every sequence where the tensor is a pool."""
     if capacity is not None:
-        rooms = [capacity] * seqused.shape[0]
+        rooms = [capacity] * (0 if seqused is None else seqused.shape[0])
     elif cu_seqlens is None:
         rooms = [tensor.shape[1]] * tensor.shape[0]
     else:

@@ -63,7 +63,7 @@ def flash_attn_combine(
     if is_compiling():
         from flash_attn_sm120.integrations.torch_ops import combine_in_graph
 
-        named = {"out_dtype": out_dtype, "cu_seqlens": cu_seqlens, "seqused": seqused}
+        named: dict[str, Any] = {"out_dtype": out_dtype, "cu_seqlens": cu_seqlens, "seqused": seqused}
         named |= {"return_lse": return_lse, "learnable_sink": learnable_sink}
         return combine_in_graph(out_partial, lse_partial, out, named)
     return combine(out_partial, lse_partial, out, out_dtype, cu_seqlens, seqused, return_lse, learnable_sink)
@@ -80,6 +80,7 @@ def combine(
     learnable_sink: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """flash_attn_combine, right away."""
+    key: tuple | None
     try:
         key = (
             signature(out_partial), signature(lse_partial), signature(out), out_dtype, signature(cu_seqlens),

@@ -3,22 +3,22 @@
 from __future__ import annotations
 
 import tempfile
-import threading
 import warnings
-from collections.abc import Callable
 from typing import Any
 
 import cutlass
 from cutlass import Float32, Int32, Int64, cute
 from cutlass.cute.runtime import make_fake_stream, make_fake_tensor
 
-from flash_attn_sm120 import cubin
+from flash_attn_sm120 import cubin, kernel_file, runtime, shared_object
 from flash_attn_sm120.arguments import (
     Arguments,
     BlockLists,
     ClassifyArguments,
     CombineArguments,
     Dropout,
+    DualGroupArguments,
+    GroupLengths,
     Lengths,
     Modifiers,
     Numbers,
@@ -29,6 +29,7 @@ from flash_attn_sm120.dispatch import Plan, candidates
 from flash_attn_sm120.kernels.classify import ClassifyBlocks
 from flash_attn_sm120.kernels.combine import FlashAttentionCombine
 from flash_attn_sm120.kernels.decode import FlashAttentionDecodeSm120
+from flash_attn_sm120.kernels.dual_group import FlashAttentionDualGroupSm120
 from flash_attn_sm120.kernels.forward import FlashAttentionForwardSm120
 from flash_attn_sm120.kernels.forward_tma import FlashAttentionForwardSm120Tma
 from flash_attn_sm120.problem import AttentionProblem, ClassifyProblem, CombineProblem
@@ -37,6 +38,7 @@ KERNELS = {
     "forward": FlashAttentionForwardSm120,
     "forward_tma": FlashAttentionForwardSm120Tma,
     "decode": FlashAttentionDecodeSm120,
+    "dual_group": FlashAttentionDualGroupSm120,
     "combine": FlashAttentionCombine,
     "classify": ClassifyBlocks,
 }
@@ -54,27 +56,7 @@ DTYPES = {
     "float8_e4m3fn": cutlass.Float8E4M3FN,
     "float8_e5m2": cutlass.Float8E5M2,
 }
-Problem = AttentionProblem | CombineProblem | ClassifyProblem
-
-_loaded: dict[tuple[Problem, str], Callable] = {}
-_lock = threading.Lock()
-
-
-def load(problem: Problem, arch: str) -> Callable:
-    """The launcher for a problem on a target such as "sm_120a"; compiled on first use, by one thread at a time.
-
-    Call it as fn(*arguments.Arguments(...)), and Partials or None for a decode problem, or CombineArguments or
-    ClassifyArguments for their problems; plain tuples serve as groups. It launches on PyTorch's current stream.
-    """
-    key = (problem, arch)
-    launcher = _loaded.get(key)
-    if launcher is None:
-        with _lock:
-            launcher = _loaded.get(key)
-            if launcher is None:
-                launcher, _ = build_best(problem, arch)
-                _loaded[key] = launcher
-    return launcher
+Problem = kernel_file.Problem
 
 
 def build_best(problem: Problem, arch: str, keep: bool = False, lines: bool = False) -> tuple[Any, Plan | None]:
@@ -106,8 +88,19 @@ def build(problem: Problem, plan: Plan | None, arch: str, keep: bool = False, li
         return cute.compile(kernel, *arguments, make_fake_stream(use_tvm_ffi_env_stream=True), options=options)
 
 
+def to_file(built: Any, key: kernel_file.Key) -> bytes:
+    """What build returned as the content of its file. One of loader.NOT_KEPT where that can't be made."""
+    from flash_attn_sm120 import export  # what it uses of the DSL isn't promised; calls do without
+
+    relocatable = export.to_object(built, key["host"])
+    linked = shared_object.link(relocatable, runtime.SYMBOL, runtime.NEEDED)
+    return kernel_file.pack(linked, key, export.cuda_release())
+
+
 def _signature(problem: AttentionProblem) -> tuple:
     """The arguments of a kernel's __call__ as types: sizes and strides stay symbolic."""
+    if problem.dual_group:
+        return _dual_group_signature(problem)
     dtype = DTYPES[problem.dtype]
     rank_q = 3 if problem.packed_q else 4
     q, out = _matrix(dtype, rank_q), _matrix(dtype, rank_q)
@@ -137,6 +130,20 @@ def _signature(problem: AttentionProblem) -> tuple:
     if not problem.split:
         return (*arguments, None)
     return (*arguments, Partials(_matrix(Float32, rank_q + 1), _rows(Float32, rank_q), _rows(Int32, 1), Int32(0)))
+
+
+def _dual_group_signature(problem: AttentionProblem) -> tuple:
+    """The arguments of the dual-group kernel's __call__ as types."""
+    dtype = DTYPES[problem.dtype]
+    limits = [_rows(Int32, 1) if problem.seqused_k else Int32(0) for _ in range(2)]
+    arguments = DualGroupArguments(
+        *(_matrix(dtype, 3) for _ in range(6)),
+        *(_rows(Float32, 2) for _ in range(2)),
+        lengths=GroupLengths(*(_rows(Int32, 1) for _ in range(3)), *limits),
+        learnable_sink=_strided(DTYPES[problem.sink], 1) if problem.sink else None,
+        numbers=Numbers(Float32(0), Float32(0), *[Int32(0)] * (len(Numbers._fields) - 2)),
+    )
+    return tuple(arguments)
 
 
 def _combine_signature(problem: CombineProblem) -> tuple:

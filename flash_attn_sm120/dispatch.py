@@ -11,7 +11,8 @@ from flash_attn_sm120.decode_plan import decode_memory, decode_row
 from flash_attn_sm120.problem import ELEMENT_BYTES, MASKS, AttentionProblem, CombineProblem, padded
 
 FP8_COPYING_WARPS = 4  # which convert
-WAYS = ("cp_async", "pages", "page_boxes", "fp8", "tma")  # how a prefill kernel's tiles come into shared memory
+# How a prefill kernel's tiles come into shared memory; strips: by cp.async, Q by the warps that have its rows.
+WAYS = ("cp_async", "pages", "page_boxes", "fp8", "tma", "strips")
 # Attributes of a problem that take registers from the main loop.
 CHANGES = ("dropout", "score_mod", "mask_mod", "block_sparse")
 MODIFIERS = ("softcap", "sink", "alibi", "chunked", "context_parallel", "k_descale", "v_descale", *CHANGES)
@@ -19,6 +20,8 @@ MAX_SPLITS = 64  # parts of a sequence in a decode
 TILE_NOTE_BYTES = 48  # what a thread block writes down instead of keeping it in registers, behind the tiles
 SECOND_NOTE_BYTES = 48
 TURN_BYTES = 16  # behind the notes of a block that takes one tile after another
+STRIP_NOTE_BYTES = 64  # of a warp, where two query groups are
+WAY_NOTE_BYTES = 32  # the blocks that the warps of two query groups go over together
 
 
 def barrier_bytes(stages: int) -> int:
@@ -149,7 +152,12 @@ FORWARD_TMA_TILES = (
     *(replace(row, persistent=True) for row in (*LARGE, NARROW_TILES[-1])),
     NARROW_TILES[-1],
 )
-TILES = {"forward": FORWARD_TILES, "forward_tma": FORWARD_TMA_TILES}
+DUAL_GROUP_TILES = (
+    *COMMON_TILES[:2],
+    replace(LARGEST, ways=("strips",), copying_warps=4, masks=("full", "causal")),
+    *COMMON_TILES[2:],
+)
+TILES = {"forward": FORWARD_TILES, "forward_tma": FORWARD_TMA_TILES, "dual_group": DUAL_GROUP_TILES}
 # A thread's registers once they have changed hands, loading and matrix, by way of loading, matrix warps and tile_n:
 # together what the equal shares of the launch had.
 REGISTERS = {
@@ -172,6 +180,10 @@ REGISTERS = {
     ("fp8", 4, 64): (40, 216),
     ("fp8", 8, 16): (40, 232),
     ("fp8", 8, 32): (40, 232),
+    ("strips", 4, 32): (32, 224),
+    ("strips", 4, 64): (32, 224),
+    ("strips", 8, 32): (40, 232),
+    ("strips", 8, 64): (24, 240),
     ("tma", 4, 32): (24, 232),
     ("tma", 4, 64): (24, 232),
     ("tma", 8, 32): (24, 240),
@@ -183,6 +195,8 @@ def loading_way(kernel: str, problem: AttentionProblem, arch: str) -> str:
     """One of WAYS. A tensor map holds a pool as it holds a dense tensor."""
     if kernel == "forward_tma":
         return "tma"
+    if kernel == "dual_group":
+        return "strips"
     if problem.kv_dtype:
         return "fp8"
     boxes = fits_tensor_maps(problem, arch)
@@ -204,11 +218,14 @@ def smem_bytes(problem: AttentionProblem, row: TileRow) -> int:
     follows another."""
     d, dv = padded(problem.head_dim), padded(problem.head_dim_v)
     inputs = row.tile_m * d + row.stages * row.tile_n * (d + dv)
-    return ELEMENT_BYTES * max(inputs, row.tile_m * dv) + note_bytes(problem) + barrier_bytes(row.stages)
+    notes = note_bytes(problem, row.num_warps)
+    return ELEMENT_BYTES * max(inputs, row.tile_m * dv) + notes + barrier_bytes(row.stages)
 
 
-def note_bytes(problem: AttentionProblem) -> int:
-    """Of the tile's note, with the part that lists, seeds and mods need."""
+def note_bytes(problem: AttentionProblem, num_warps: int) -> int:
+    """Of the tile's note, with the part that lists, seeds and mods need; of two groups, one a warp and one for all."""
+    if problem.dual_group:
+        return num_warps * STRIP_NOTE_BYTES + WAY_NOTE_BYTES
     changed = any(getattr(problem, name) for name in CHANGES)
     return TILE_NOTE_BYTES + (SECOND_NOTE_BYTES if changed else 0)
 
@@ -217,9 +234,10 @@ def note_bytes(problem: AttentionProblem) -> int:
 SPARSE = ("block_sparse", "dropout")  # which the dispatcher keeps off the TMA kernel
 SERVING = ("paged", "kv_dtype", "k_descale", "v_descale", "sink", "alibi", "chunked", "context_parallel")
 EXCLUDED = {
-    "forward": ("decode", "split"),
-    "forward_tma": ("varlen", *SERVING, *SPARSE, "decode", "split"),
-    "decode": CHANGES,
+    "forward": ("decode", "split", "dual_group"),
+    "forward_tma": ("varlen", *SERVING, *SPARSE, "decode", "split", "dual_group"),
+    "decode": (*CHANGES, "dual_group"),
+    "dual_group": (*(name for name in SERVING if name != "sink"), *CHANGES, "seqused_q", "decode", "split"),
 }
 MAX_PARTS = 128  # that a combination takes
 DECODE_ROWS = 16  # query tokens of a sequence up to which the decode kernel is faster
@@ -236,6 +254,8 @@ def can_implement(kernel: str, problem: AttentionProblem, arch: str) -> bool:
     """Whether the kernel gives right results for the problem on a target such as "sm_120a"."""
     if any(getattr(problem, name) for name in EXCLUDED[kernel]):
         return False
+    if kernel == "dual_group":
+        return problem.dual_group
     if kernel != "forward_tma":
         return problem.decode == (kernel == "decode")
     return fits_tensor_maps(problem, arch)
@@ -254,10 +274,10 @@ def plan_for(kernel: str, problem: AttentionProblem, arch: str = "sm_120a") -> P
 def plans_for(kernel: str, problem: AttentionProblem, arch: str = "sm_120a") -> list[Plan]:
     """The kernel's plans for a problem, the fastest first, each with fewer scores in a thread than those before."""
     if kernel == "decode":
-        row = decode_row(problem)
-        size = decode_memory(problem, row.tile_m, row.tile_n, row.num_warps, row.stages).bytes
-        tile = (row.tile_m, row.tile_n, row.num_warps, row.blocks_per_sm)
-        return [Plan(kernel, *tile, size, loading_warps=0, stages=row.stages)]
+        own = decode_row(problem)
+        size = decode_memory(problem, own.tile_m, own.tile_n, own.num_warps, own.stages).bytes
+        tile = (own.tile_m, own.tile_n, own.num_warps, own.blocks_per_sm)
+        return [Plan(kernel, *tile, size, loading_warps=0, stages=own.stages)]
     way = loading_way(kernel, problem, arch)
     rows = TILES[kernel] if hands_over_registers(arch) else (*COMMON_TILES, *NARROW_TILES)
     plans, least = [], None
@@ -282,7 +302,7 @@ def _plan_of(row: TileRow, kernel: str, problem: AttentionProblem, way: str, arc
     smem = smem_bytes(problem, row) + turn_bytes
     plan = Plan(kernel, *tile, smem, row.q_in_registers, stages=row.stages, way=way, turn_bytes=turn_bytes)
     copying_warps = FP8_COPYING_WARPS if way == "fp8" else row.copying_warps
-    plan = replace(plan, copying_warps=copying_warps, note_bytes=note_bytes(problem))
+    plan = replace(plan, copying_warps=copying_warps, note_bytes=note_bytes(problem, row.num_warps))
     if not hands_over_registers(arch):
         return replace(plan, blocks_per_sm=1)
     loading, matrix = REGISTERS[way, row.num_warps, row.tile_n]
@@ -301,7 +321,8 @@ def choose(problem: AttentionProblem | CombineProblem, arch: str = "sm_120a") ->
 def candidates(problem: AttentionProblem, arch: str = "sm_120a") -> list[Plan]:
     """The chosen kernel's plans, the fastest first: what registers a function of the caller takes is known once it is
     compiled, and the first plan that it leaves without a stack is to be taken."""
-    kernel = next(name for name in ("forward_tma", "forward", "decode") if can_implement(name, problem, arch))
+    kernels = ("forward_tma", "forward", "decode", "dual_group")
+    kernel = next(name for name in kernels if can_implement(name, problem, arch))
     plans = plans_for(kernel, problem, arch)
     changed = any(getattr(problem, name) for name in CHANGES)
     return plans if changed else plans[:1]

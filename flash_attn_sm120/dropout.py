@@ -5,7 +5,6 @@ Source: Salmon et al., "Parallel Random Numbers: As Easy as 1, 2, 3" (2011): Phi
 
 from __future__ import annotations
 
-import math
 import numbers
 import operator
 from typing import TYPE_CHECKING, Any
@@ -84,7 +83,7 @@ def kept(
     words = torch.stack(philox((group, row, h, b), key), -1)
     whole, part = split_chance(dropout_p)
     group_number = sum((words[..., 1 - i % 2] >> (place | 1) & 1) << i for i, place in enumerate(SPREAD))
-    limit = whole + (group_number < part).long()
+    limit = whole + torch.as_tensor(group_number < part).long()
     # (batches, heads, 16s of rows, row of 8, 32s of columns, pair, 8s of columns, which of two rows, which of the pair)
     drawn = torch.stack([words >> 8 * byte & (1 << OWN_BITS) - 1 for byte in range(4)], -1)
     stays = (drawn >= limit[..., None, None]).unflatten(2, (-1, 8)).unflatten(4, (-1, 4)).unflatten(7, (2, 2))
@@ -109,7 +108,7 @@ def check_dropout_p(value: Any) -> float:
         return 0.0
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
         refuse("dropout_p", "a number", describe(value), TypeError)
-    if not 0.0 <= value < 1.0 or math.isnan(value):
+    if not 0.0 <= float(value) < 1.0:
         refuse("dropout_p", "from 0 to below 1", value)
     return float(value)
 

@@ -25,7 +25,7 @@ from flash_attn_sm120.scheduling import SchedulerMetadata, splits_of
 from flash_attn_sm120.strides import aligned, aligned_pool, target_for
 from flash_attn_sm120.workspace import partials, tickets
 
-NO_TENSORS = (None,) * len(Tensors._fields)
+NO_TENSORS: tuple = (None,) * len(Tensors._fields)
 NO_MODIFIERS = Modifiers()
 KEYS_STEP = 256  # max_seqlen_k counts in steps
 
@@ -37,7 +37,7 @@ def flash_attn_func(
     *,
     softmax_scale: float | None = None,
     causal: bool = False,
-    window_size: tuple[int | None, int | None] = (-1, -1),
+    window_size: Sequence[int | None] = (-1, -1),
     softcap: float = 0.0,
     learnable_sink: torch.Tensor | None = None,
     s_aux: torch.Tensor | None = None,
@@ -175,7 +175,7 @@ def flash_attn_varlen_func(
     block_table: torch.Tensor | None = None,
     softmax_scale: float | None = None,
     causal: bool = False,
-    window_size: tuple[int | None, int | None] = (-1, -1),
+    window_size: Sequence[int | None] = (-1, -1),
     softcap: float = 0.0,
     learnable_sink: torch.Tensor | None = None,
     s_aux: torch.Tensor | None = None,
@@ -292,6 +292,7 @@ def _forward(
     """tensors and options: the fields of calls.Tensors and calls.Options; plain tuples are made in less time. given:
     what changes_of takes after q, or UNCHANGED itself."""
     changes = None if given is UNCHANGED else changes_of(q, *given)
+    key: tuple | None
     try:
         # True == 1 and hashes alike, but only one of them is a bool
         key = (
@@ -313,7 +314,7 @@ def _forward(
     if checks.VALUE_CHECKS and not (tensors is NO_TENSORS and changes is None):
         check_values(q, k, Tensors(*tensors), call, max_seqlen_q, max_seqlen_k, changes)
 
-    result = q.new_empty(call.out_shape) if out is None else out
+    result: Any = q.new_empty(call.out_shape) if out is None else out
     lse = q.new_empty(call.lse_shape, dtype=torch.float32) if call.lse_shape is not None else None
     if call.launcher is not None:
         packed = tensors[0] is not None
@@ -344,7 +345,8 @@ def _launch(
     changes: Changes | None,
 ) -> None:
     """On tensors that kernels can follow. tensors: as in _forward."""
-    lengths, modifiers = tensors[:6], NO_MODIFIERS
+    lengths: tuple = tensors[:6]
+    modifiers: tuple = NO_MODIFIERS
     if lengths[5] is not None and not call.context_parallel:
         lengths = (*lengths[:5], None)
     if call.modifiers is not None:

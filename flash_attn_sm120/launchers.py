@@ -1,19 +1,21 @@
-"""The launcher for a problem on a device: compiled for its GPU, or, in tests, what stands in for it on a CPU."""
+"""The launcher for a problem on a device: the one for its GPU, or, in tests, what stands in for it on a CPU."""
 
 from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import cache
 
 import torch
 
-from flash_attn_sm120 import calls, checks, dispatch
+from flash_attn_sm120 import calls, checks, dispatch, loader
 from flash_attn_sm120.problem import AttentionProblem, ClassifyProblem, CombineProblem
 
 Problem = AttentionProblem | CombineProblem | ClassifyProblem
 
 _launchers: dict[tuple[Problem, torch.device], Callable] = {}
+_plans: dict[tuple[AttentionProblem, str], dispatch.Plan] = {}
 _targets: dict[int, str] = {}
 _lock = threading.Lock()
 SIMULATED = "sm_120a"  # what stands in on a CPU
@@ -27,9 +29,7 @@ def load(problem: Problem, device: torch.device, name: str = "q") -> Callable:
         return _cpu_load(problem)
     launcher = _launchers.get((problem, device))
     if launcher is None:
-        from flash_attn_sm120 import compile
-
-        launcher = _launchers[problem, device] = compile.load(problem, target(device.index))
+        launcher = _launchers[problem, device] = loader.load(problem, target(device.index))
     return launcher
 
 
@@ -55,9 +55,14 @@ def target(index: int) -> str:
 
 def plan_of(problem: AttentionProblem, device: torch.device) -> dispatch.Plan:
     """The first of the problem's plans on this device."""
-    return dispatch.choose(problem, target(device.index) if device.type == "cuda" else SIMULATED)
+    arch = target(device.index) if device.type == "cuda" else SIMULATED
+    plan = _plans.get((problem, arch))
+    if plan is None:
+        plan = _plans[problem, arch] = dispatch.choose(problem, arch)
+    return plan
 
 
+@cache
 def sm_count(device: torch.device) -> int:
     """Streaming multiprocessors of a GPU; on a CPU, those of the largest SM120."""
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 188

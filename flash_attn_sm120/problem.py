@@ -28,7 +28,7 @@ class Mod:
 
     digest: str
     width: int = 1
-    function: Callable = field(default=None, compare=False, repr=False)
+    function: Callable | None = field(default=None, compare=False, repr=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,6 +61,8 @@ class AttentionProblem:
     score_mod, mask_mod: functions of the caller that change scores, and that say which stay.
     aux: (dtype, rank) of each tensor that they read, then "int32" or "float32" for each number.
     sparse_block: (rows, columns) of a block of the lists that say which are computed; () without lists.
+    dual_group: two query groups, each with a range of its own of the same packed keys; seqused_k says that ranges come
+        a sequence. padded_lse: lse is (batch * heads, rounded seqlen_q), else (heads, total_q).
     """
 
     dtype: str
@@ -89,6 +91,8 @@ class AttentionProblem:
     mask_mod: Mod | None = None
     aux: tuple[tuple[str, int] | str, ...] = ()
     sparse_block: tuple[int, ...] = ()
+    dual_group: bool = False
+    padded_lse: bool = False
 
     def __post_init__(self) -> None:
         if self.dtype not in DTYPES:

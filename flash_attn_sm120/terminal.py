@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence, Sized
 from typing import TypeVar
 
 Item = TypeVar("Item")
@@ -13,24 +13,30 @@ BAR = 30
 
 
 def coloured() -> bool:
-    return sys.stdout.isatty() and "NO_COLOR" not in os.environ
+    return sys.stdout.isatty() and not os.environ.get("NO_COLOR")
 
 
 def paint(text: str, colour: str) -> str:
     return f"\033[{CODES[colour]}m{text}\033[0m" if coloured() else text
 
 
-def progress(items: Sequence[Item], label: str) -> Iterator[Item]:
-    """Yields the items and draws a bar on stderr, if that is a terminal."""
+def progress(items: Iterable[Item], label: str, total: int | None = None) -> Iterator[Item]:
+    """Yields the items and draws a bar on stderr, if that is a terminal. total: how many come of an iterator."""
     watched = sys.stderr.isatty()
-    for done, item in enumerate(items):
-        if watched:
-            filled = BAR * done // len(items)
-            bar = "#" * filled + "." * (BAR - filled)
-            print(f"\r{label} [{bar}] {done}/{len(items)}", end="", file=sys.stderr, flush=True)
-        yield item
+    count = len(items) if isinstance(items, Sized) else total or 0
+
+    def draw(done: int, end: str = "") -> None:
+        filled = BAR * done // max(count, 1)
+        print(f"\r{label} [{'#' * filled}{'.' * (BAR - filled)}] {done}/{count}", end=end, file=sys.stderr, flush=True)
+
     if watched:
-        print(f"\r{label} [{'#' * BAR}] {len(items)}/{len(items)}", file=sys.stderr)
+        draw(0)
+    for done, item in enumerate(items):
+        yield item
+        if watched:
+            draw(done + 1)
+    if watched:
+        draw(count, end="\n")
 
 
 def table(header: Sequence[str], rows: Iterable[Sequence[str]], colours: Sequence[str | None] = ()) -> str:

@@ -133,3 +133,17 @@ def changed_variants() -> list[AttentionProblem]:
         dims = way.pop("head_dims", (128, 128))
         problems.append(AttentionProblem(DTYPES[i % 2], *dims, lse=i % 3 > 0, **way))
     return problems
+
+
+def dual_group_variants() -> list[AttentionProblem]:
+    """variants() of two query groups."""
+    own = {"packed_q": True, "packed_k": True, "lse": True, "dual_group": True}
+    ways = [
+        ("bfloat16", 64, 64, {"mask": "causal"}),
+        ("bfloat16", 96, 96, {"mask": "local", "softcap": True, "sink": "float32", "padded_lse": True}),
+        ("float16", 128, 128, {"mask": "causal", "seqused_k": True}),
+        ("bfloat16", 128, 128, {"mask": "local"}),
+        ("bfloat16", 192, 128, {"mask": "full", "padded_lse": True, "sink": "bfloat16"}),
+        ("bfloat16", 256, 256, {"mask": "local", "softcap": True}),
+    ]
+    return [AttentionProblem(*dims, **own | options) for *dims, options in ways]

@@ -7,10 +7,19 @@ import pytest
 import stand_in
 import torch
 
-from flash_attn_sm120 import calls, dispatch, launchers
-from flash_attn_sm120.arguments import Arguments, ClassifyArguments, CombineArguments, Lengths, Modifiers, Partials
+from flash_attn_sm120 import calls, dispatch, launchers, loader
+from flash_attn_sm120.arguments import (
+    Arguments,
+    ClassifyArguments,
+    CombineArguments,
+    DualGroupArguments,
+    GroupLengths,
+    Lengths,
+    Modifiers,
+    Partials,
+)
 from flash_attn_sm120.launchers import launches_on_cpu
-from flash_attn_sm120.problem import ClassifyProblem, CombineProblem
+from flash_attn_sm120.problem import AttentionProblem, ClassifyProblem, CombineProblem
 
 
 @dataclass(frozen=True)
@@ -47,12 +56,11 @@ def gpu():
 @pytest.fixture
 def plain_kernel_only(monkeypatch):
     """No problem goes through TMA; what was compiled before is set aside."""
-    from flash_attn_sm120 import compile
     from flash_attn_sm120.simulator import attention
 
     monkeypatch.setattr(dispatch, "can_implement", lambda kernel, problem, arch: kernel == "forward")
     monkeypatch.setattr(dispatch, "use_decode", lambda *_: False)
-    for module, name in ((calls, "known"), (launchers, "_launchers"), (compile, "_loaded")):
+    for module, name in ((calls, "known"), (launchers, "_launchers"), (launchers, "_plans"), (loader, "_loaded")):
         monkeypatch.setattr(module, name, {})
     monkeypatch.setattr(attention, "artifact", attention.artifact.__wrapped__)
 
@@ -77,6 +85,12 @@ class Recorder:
         self.problems.append(problem)
 
         def launch(*arguments):
+            if isinstance(problem, AttentionProblem) and problem.dual_group:
+                named = DualGroupArguments(*arguments)
+                self.calls.append(named._replace(lengths=GroupLengths(*named.lengths)))
+                for tensor in (named.out0, named.out1):
+                    tensor.fill_(1.0)
+                return
             if isinstance(problem, ClassifyProblem):
                 named = ClassifyArguments(*arguments)
                 self.calls.append(named._replace(lengths=Lengths(*named.lengths)))

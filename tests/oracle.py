@@ -40,7 +40,13 @@ def assert_right(q, k, v, *, out=None, with_lse=True, clean=None, **options):
     result, lse = returned if with_lse else (returned, None)
     assert result is out
     options = {name: value for name, value in options.items() if name not in SPEED}
-    k, v = clean or (k, v)
+    assert_result(out, lse, q, *(clean or (k, v)), **options)
+    return out, lse
+
+
+def assert_result(out, lse, q, k, v, **options):
+    """out and, unless it is None, lse are the reference's; out is NaN in the rows that no sequence names. Returns the
+    limit of out's error."""
     exact, exact_lse = reference.attention(q, k, v, **options)
     rounded, rounded_lse = reference.attention(q, k, v, **options, dtype=None)
     rows = slice(None)
@@ -49,16 +55,17 @@ def assert_right(q, k, v, *, out=None, with_lse=True, clean=None, **options):
         assert out[rows.stop :].isnan().all(), "rows past the last sequence were written"
         exact, rounded = exact[rows], rounded[rows]
         exact_lse, rounded_lse = exact_lse[:, rows], rounded_lse[:, rows]
-        lse = lse[:, rows] if with_lse else None
+        lse = None if lse is None else lse[:, rows]
     error, limit = largest_difference(out[rows], exact), 2 * largest_difference(rounded, exact) + SLACK
     if 0 < exact.numel() < FEW:
         limit = max(limit, torch.finfo(q.dtype).eps * exact.abs().max().item() + SLACK)
     assert error <= limit, f"out is off by {error}, at most {limit} is allowed"
-    if not with_lse:
-        return out, None
+    if lse is None:
+        return limit
+    out_limit = limit
     error, limit = largest_difference(lse, exact_lse), 2 * largest_difference(rounded_lse, exact_lse) + LSE_SLACK
     assert error <= limit, f"lse is off by {error}, at most {limit} is allowed"
-    return out, lse
+    return out_limit
 
 
 def variant_name(problem: AttentionProblem) -> str:

@@ -1,20 +1,14 @@
 """The kernels that measure a GPU's ceilings do the work that is counted; what forward.py counts and shows."""
 
-import sys
 from functools import reduce
 from operator import xor
-from pathlib import Path
 
 import pytest
 import torch
 
 pytest.importorskip("cutlass")
-sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
-import ceiling
-import forward
-import prefill
-
 from flash_attn_sm120 import simulator
+from flash_attn_sm120.bench import ceiling, forward, prefill
 from flash_attn_sm120.hot_path import hot_path
 from flash_attn_sm120.sass import disassemble
 

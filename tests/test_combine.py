@@ -8,7 +8,8 @@ import torch
 
 pytest.importorskip("cutlass")
 from flash_attn_sm120.arguments import CombineArguments
-from flash_attn_sm120.compile import build, load
+from flash_attn_sm120.compile import build
+from flash_attn_sm120.loader import load
 from flash_attn_sm120.problem import CombineProblem
 
 

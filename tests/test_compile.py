@@ -4,8 +4,6 @@ prefill are audited for sm_120a in test_variants.py, which builds them to run th
 Dense calls of head_dim 128 without softcap are predicted to reach 90% of the mma.sync ceiling or more.
 """
 
-import threading
-
 import pytest
 from oracle import variant_name
 
@@ -15,10 +13,10 @@ from flash_attn_sm120.dispatch import Plan, choose, decode_memory
 from flash_attn_sm120.occupancy import RESERVED_BYTES, occupancy
 from flash_attn_sm120.problem import AttentionProblem, CombineProblem, padded
 from flash_attn_sm120.static_model import predict
-from flash_attn_sm120.variants import changed_variants, decode_variants, variants
+from flash_attn_sm120.variants import changed_variants, decode_variants, dual_group_variants, variants
 
 
-@pytest.mark.parametrize("problem", [*variants(), *changed_variants()], ids=variant_name)
+@pytest.mark.parametrize("problem", [*variants(), *changed_variants(), *dual_group_variants()], ids=variant_name)
 def test_variant_has_no_stack_and_two_matrix_warps_a_sub_partition(problem):
     built, plan = compiler.build_best(problem, "sm_121a", keep=True)
     audit(problem, plan, built.__cubin__)
@@ -65,19 +63,3 @@ def test_combine_has_no_stack(head_dim_v, arch):
         compiler.build(CombineProblem("bfloat16", head_dim_v, lse=True), None, arch, keep=True).__cubin__
     )
     assert kernel.stack_bytes == 0
-
-
-def test_a_problem_is_compiled_once_however_many_threads_ask(monkeypatch):
-    problem = AttentionProblem("bfloat16", 24, 24)
-    built = []
-    monkeypatch.setattr(compiler, "build", lambda *arguments: built.append(arguments) or object())
-    monkeypatch.setattr(compiler, "_loaded", {})
-    found = []
-    threads = [threading.Thread(target=lambda: found.append(compiler.load(problem, "sm_120a"))) for _ in range(8)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert len(built) == 1
-    assert len(set(map(id, found))) == 1
-    assert compiler.load(problem, "sm_121a") is not found[0]

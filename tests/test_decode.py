@@ -7,8 +7,9 @@ import torch
 from decode_cases import Case, check, make
 
 from flash_attn_sm120 import flash_attn_func, modifiers, workspace
-from flash_attn_sm120.compile import build, load
+from flash_attn_sm120.compile import build
 from flash_attn_sm120.dispatch import choose
+from flash_attn_sm120.loader import load
 
 pytest.importorskip("cutlass")
 PAGED = {"page_size": 16, "mask": "causal"}

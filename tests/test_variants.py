@@ -4,6 +4,7 @@ The machine code for sm_120a is audited too. `python tests/test_variants.py` run
 compute-sanitizer.
 """
 
+import dual_group_cases
 import pytest
 import serving_cases
 import torch
@@ -15,16 +16,18 @@ from test_compile import audit
 from flash_attn_sm120 import calls, launchers
 from flash_attn_sm120.compile import build_best
 from flash_attn_sm120.problem import AttentionProblem, CombineProblem
-from flash_attn_sm120.variants import changed_variants, variants
+from flash_attn_sm120.variants import changed_variants, dual_group_variants, variants
 
 LENGTHS_Q, LENGTHS_K = (37, 1, 130), (150, 20, 67)
 HEADS_KV = 2
 COMBINE = CombineProblem("float16", 128, lse=True)  # of the ranks of a context-parallel variant
-PROBLEMS = [*variants(), *changed_variants()]
+PROBLEMS = [*variants(), *changed_variants(), *dual_group_variants()]
 
 
 def run_variant(problem: AttentionProblem, device: torch.device) -> None:
-    if problem.paged or problem.kv_dtype:
+    if problem.dual_group:
+        dual_group_cases.run_variant(problem, LENGTHS_Q, LENGTHS_K, device)
+    elif problem.paged or problem.kv_dtype:
         run_serving_variant(problem, device)
     else:
         run_plain_variant(problem, device)

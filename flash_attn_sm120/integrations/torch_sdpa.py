@@ -92,8 +92,8 @@ def dense_sdpa(
     _check(query, key, value, dropout_p, return_debug_mask)
     out = torch.empty_like(query)
     q, k, v = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
-    options = {"softmax_scale": scale, "causal": is_causal, "out": out.transpose(1, 2), "return_lse": True}
-    _, lse = flash_attn_func(q, k, v, **options)
+    own = out.transpose(1, 2)
+    _, lse = flash_attn_func(q, k, v, softmax_scale=scale, causal=is_causal, out=own, return_lse=True)
     return out, lse, None, None, query.size(2), key.size(2), *_unused(query)
 
 

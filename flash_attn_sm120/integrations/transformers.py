@@ -14,7 +14,7 @@ else an int32 tensor of four dimensions, which transformers passes on as it is:
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 
@@ -128,7 +128,7 @@ def attention(
         lengths = (cu_seq_lens_q, cu_seq_lens_k, max_length_q, max_length_k)
         return _by_cu_seqlens(q, k, v, attention_mask, lengths, options), None
     if attention_mask is None:
-        return flash_attn_func(q, k, v, **options), None
+        return cast(torch.Tensor, flash_attn_func(q, k, v, **options)), None
     return _masked(q, k, v, attention_mask, options), None
 
 
@@ -158,7 +158,8 @@ def _by_cu_seqlens(
     if attention_mask is not None and not (_is_layout(attention_mask) and attention_mask.shape[2] > 1):
         refuse("attention_mask", "None beside cu_seq_lens_q", describe(attention_mask))
     where_q, where_k = (where.to(torch.int32) for where in lengths[:2])
-    return flash_attn_varlen_func(q[0], k[0], v[0], where_q, where_k, *lengths[2:], **options).unsqueeze(0)
+    out = flash_attn_varlen_func(q[0], k[0], v[0], where_q, where_k, *lengths[2:], **options)
+    return cast(torch.Tensor, out).unsqueeze(0)
 
 
 def _is_layout(given: Any) -> bool:
@@ -174,8 +175,9 @@ def _masked(
         expected = "None, or a padding mask (batch, tokens) that went through the model's own masks"
         refuse("attention_mask", expected, describe(layout), NotImplementedError)
     if layout.shape[2] > 1:
-        where, packed = layout.flatten(), (x.flatten(0, 1) for x in (q, k, v))
-        return flash_attn_varlen_func(*packed, where, where, **options).unflatten(0, (batch, seqlen_q))
+        where = layout.flatten()
+        packed = flash_attn_varlen_func(q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1), where, where, **options)
+        return cast(torch.Tensor, packed).unflatten(0, (batch, seqlen_q))
     fields = layout.shape[0]
     if fields not in (1, 2, 1 + seqlen_k, 2 + seqlen_k + seqlen_q) or layout.shape[3] != batch:
         expected = f"one for {batch} sequences of {seqlen_q} queries and {seqlen_k} keys"
@@ -191,7 +193,7 @@ def _masked(
         if used_q is not None:
             order_q = places[:, 2 + seqlen_k :]
             q = q[rows, order_q]
-    out = flash_attn_varlen_func(q, k, v, seqused_q=used_q, seqused_k=used_k, **options)
+    out = cast(torch.Tensor, flash_attn_varlen_func(q, k, v, seqused_q=used_q, seqused_k=used_k, **options))
     if order_q is None:
         return out
     restored = torch.empty_like(out)
@@ -271,7 +273,7 @@ def patterns(mask_function: Any) -> set[str] | None:
     return found
 
 
-def _packed(mask_function: Callable, batch: int, seqlen: int, device: torch.device | str, traced: bool) -> torch.Tensor:
+def _packed(mask_function: Any, batch: int, seqlen: int, device: torch.device | str, traced: bool) -> torch.Tensor:
     """cu_seqlens of sequences that lie behind one another: one begins at each row that doesn't see the row before."""
     entry = torch.arange(batch, device=device)[:, None]
     row = torch.arange(seqlen, device=device)[None]
@@ -299,7 +301,7 @@ def _layout(there: torch.Tensor, queries: torch.Tensor | None, windowed: bool) -
     keys = there.sum(1, dtype=torch.int32)[None]
     if in_front:
         fields = [keys] if queries is None or queries_last else [keys, queries.sum(1, dtype=torch.int32)[None]]
-    elif queries_last:
+    elif queries is None or queries_last:
         fields = [keys, _to_the_front(there)]
     else:
         fields = [keys, queries.sum(1, dtype=torch.int32)[None], _to_the_front(there), _to_the_front(queries)]

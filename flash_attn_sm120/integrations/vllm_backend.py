@@ -336,6 +336,8 @@ class FlashAttnSm120Impl(AttentionImpl):
         if attn_metadata is None:
             return output.fill_(0)
         if self.attn_type in WITHOUT_CACHE:
+            if key is None or value is None:
+                checks.refuse("key", "key and value for layers without a cache", "None")
             self._encode(query, key, value, attn_metadata, output)
             return output
         k, v = self._halves(kv_cache)

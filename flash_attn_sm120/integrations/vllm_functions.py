@@ -7,7 +7,7 @@ flash_attn_with_kvcache, which those two no longer have, flash-attn 2 with the a
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 
@@ -231,7 +231,7 @@ def flash_attn_with_kvcache(
         _rows_contiguous(q),
         k_cache,
         v_cache,
-        seqused_k=cache_seqlens,
+        seqused_k=cast("torch.Tensor | None", cache_seqlens),
         page_table=block_table,
         softmax_scale=softmax_scale,
         causal=causal,

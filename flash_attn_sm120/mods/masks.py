@@ -157,7 +157,7 @@ def _joined(first: Callable, second: Callable, join: Callable[[Any, Any], Any]) 
         places = (batch, head, q_idx, kv_idx, seqlen_info, aux_tensors)
         return join(first(*places), second(*places))
 
-    twins = [getattr(mod, "in_torch", None) for mod in (first, second)]
+    twins: list[Any] = [getattr(mod, "in_torch", None) for mod in (first, second)]
     if None in twins:
         return finished(mask_mod, None, vec_size)
     return finished(mask_mod, lambda *places: join(*(twin(*places) for twin in twins)), vec_size)

@@ -16,7 +16,7 @@ from flash_attn_sm120.device.mods import vector
 VEC_SIZES = (1, 2, 4, 8)
 
 
-def finished(function: Callable, in_torch: Callable | None, vec_size: int) -> Callable:
+def finished(function: Any, in_torch: Callable | None, vec_size: int) -> Callable:
     """The function with the attributes that a kernel (__vec_size__) and the reference (in_torch) look for."""
     if type(vec_size) is not int or vec_size not in VEC_SIZES:
         refuse("vec_size", f"one of {VEC_SIZES}", describe(vec_size))
@@ -43,7 +43,7 @@ def positive(name: str, value: Any) -> float:
     """A finite number > 0."""
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
         refuse(name, "a finite number > 0", describe(value), TypeError)
-    if not 0.0 < value < math.inf:
+    if not 0.0 < float(value) < math.inf:
         refuse(name, "a finite number > 0", value)
     return float(value)
 

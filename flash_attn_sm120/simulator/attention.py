@@ -11,12 +11,14 @@ from flash_attn_sm120.arguments import (
     Arguments,
     ClassifyArguments,
     CombineArguments,
+    DualGroupArguments,
+    GroupLengths,
     Lengths,
     Modifiers,
     Numbers,
     Queue,
 )
-from flash_attn_sm120.problem import ClassifyProblem, CombineProblem
+from flash_attn_sm120.problem import AttentionProblem, ClassifyProblem, CombineProblem
 
 from .launch import Simulation, active, launch, simulation
 
@@ -44,7 +46,7 @@ class _Partials(NamedTuple):
 
 
 def load(problem: Problem, arch: str | None = None) -> Callable[..., None]:
-    """The launcher for a problem that runs on the interpreter: compile.load's arguments, as CPU tensors."""
+    """The launcher for a problem that runs on the interpreter: loader.load's arguments, as CPU tensors."""
     current = active()
     kernel = artifact(problem, arch or (current.arch if current else "sm_120a"))
 
@@ -69,6 +71,18 @@ def load(problem: Problem, arch: str | None = None) -> Callable[..., None]:
         counts = {name: getattr(given, name) for name in ("mask_block_cnt", "full_block_cnt")}
         launch(kernel, given, names=given._fields, outputs=counts)
 
+    def run_dual_group(*values: Any) -> None:
+        given = DualGroupArguments(*values)
+        lengths = GroupLengths(*given.lengths)
+        outputs = {}
+        for group, marks in enumerate(lengths[:2]):
+            out, lse, rows = given[4 + group], given[6 + group], int(marks[-1])
+            outputs |= {f"out{group}": out[:rows], f"lse{group}": lse[:, : 0 if problem.padded_lse else rows]}
+        arguments = given._replace(lengths=lengths, numbers=Numbers(*given.numbers))
+        launch(kernel, arguments, names=given._fields, outputs=outputs)
+
+    if isinstance(problem, AttentionProblem) and problem.dual_group:
+        return run_dual_group
     return {CombineProblem: run_combine, ClassifyProblem: run_classify}.get(type(problem), run)
 
 

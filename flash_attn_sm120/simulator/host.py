@@ -161,7 +161,14 @@ class HostProgram:
         return self.launches
 
     def _register(self) -> None:
-        stand_ins = {
+        for name, (function, *types) in self.stand_ins().items():
+            callback = ctypes.CFUNCTYPE(_I, *types)(self._kept(name, function))
+            self._callbacks.append(callback)
+            self._engine.raw_register_runtime(name, ctypes.cast(callback, _P))
+
+    def stand_ins(self) -> dict[str, tuple]:
+        """What host code calls of the CUDA runtime: name -> (function, types of its arguments)."""
+        return {
             "_cudaLaunchKernelEx": (self._launch, _P, _P, _P),
             "_cudaLibraryLoadData": (lambda library, *_: _set(library, _P, 1), _P, _P, _P, _P, _I, _P, _P, _I),
             "_cudaLibraryGetKernel": (self._get_kernel, _P, _P, _P),
@@ -174,10 +181,6 @@ class HostProgram:
             "cuda_dialect_init_library_once": (self._init_library, _P, _P, _P, _P),
             "cuda_dialect_unload_library_once": (lambda *_: 0, _P),
         }
-        for name, (function, *types) in stand_ins.items():
-            callback = ctypes.CFUNCTYPE(_I, *types)(self._kept(name, function))
-            self._callbacks.append(callback)
-            self._engine.raw_register_runtime(name, ctypes.cast(callback, _P))
 
     def _kept(self, name: str, function):
         """An exception can't cross the host code: keep it, report a CUDA error (999, unknown) to the caller."""

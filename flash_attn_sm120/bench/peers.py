@@ -4,22 +4,54 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from importlib.util import find_spec
 
 import torch
 import torch.nn.functional as F
-from sm120_mode import blocks_on_sm120, padded_smem
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-TITLES = {
-    "sdpa_flash": "SDPA flash",
-    "flash_attn_4": "flash-attn-4",
-    "flash_attn_4_sm120": "flash-attn-4, SM120 mode",
-    "sdpa_cudnn": "SDPA cuDNN",
-}
+from flash_attn_sm120.bench.sm120_mode import blocks_on_sm120, padded_smem
+from flash_attn_sm120.bench.tables import DENSE
+
+TITLES = DENSE
 MMA_SYNC = ("sdpa_flash", "flash_attn_4", "flash_attn_4_sm120")  # cuDNN may use what SM120 lacks
 TAKE_WINDOWS = ("flash_attn_4", "flash_attn_4_sm120")
 
+PACKAGES = {  # (what is imported, what is installed) of the peers that don't come with PyTorch
+    "flash_attn_4": ("flash_attn.cute", "flash-attn-4"),
+    "flash_attn_4_sm120": ("flash_attn.cute", "flash-attn-4"),
+    "flashinfer": ("flashinfer", "flashinfer-python"),
+}
+
 _padded_kernels: dict = {}
+
+
+class NotOffered(Exception):
+    """A peer doesn't do this; the message says what, in a word or two."""
+
+
+class Differs(Exception):
+    """A peer's result isn't ours; the message says by how much."""
+
+
+def reason(error: Exception) -> str:
+    """What a table shows up to the first colon, and the whole message behind it."""
+    if isinstance(error, NotOffered):
+        return str(error)
+    if isinstance(error, Differs):
+        return f"differs by {error}"
+    kind = "not installed" if isinstance(error, ImportError) else type(error).__name__
+    return f"{kind}: {error}"
+
+
+def installed(name: str) -> bool:
+    """Whether a peer can be imported, without importing all of it."""
+    if name not in PACKAGES:
+        return True
+    try:
+        return find_spec(PACKAGES[name][0]) is not None
+    except ModuleNotFoundError:  # of a parent package
+        return False
 
 
 def peer(name: str, causal: bool, window: int | None, grouped: bool) -> Callable:
