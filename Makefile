@@ -1,5 +1,5 @@
-# make demo, make test, make test-vllm, make wheels: each sets up what it needs in .venv first. PYTHON names the interpreter to start from, 3.10 to 3.13;
-# WORKERS says how many tests run at a time.
+# make demo, make test, make test-vllm, make wheels: each sets up what it needs in .venv first. PYTHON names the
+# interpreter to start from, 3.10 to 3.13; WORKERS says how many tests run at a time.
 
 PYTHON ?= python3
 WORKERS ?= 2

@@ -280,7 +280,8 @@ def plans_for(kernel: str, problem: AttentionProblem, arch: str = "sm_120a") -> 
         return [Plan(kernel, *tile, size, loading_warps=0, stages=own.stages)]
     way = loading_way(kernel, problem, arch)
     rows = TILES[kernel] if hands_over_registers(arch) else (*COMMON_TILES, *NARROW_TILES)
-    plans, least = [], None
+    plans: list[Plan] = []
+    least = None
     for row in rows:
         scores = row.tile_m * row.tile_n // row.num_warps
         if not row.serves(problem, way) or (plans and row.persistent != plans[0].persistent):
