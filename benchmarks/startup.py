@@ -76,6 +76,12 @@ print(json.dumps(found))
 """
 
 
+def multiprocessors() -> int:
+    import torch
+
+    return torch.cuda.get_device_properties(0).multi_processor_count
+
+
 def measure(way: str, cache: str) -> dict[str, Any] | None:
     """One process; None where it fails, whose last line of complaint is printed."""
     environment = os.environ | {"FLASH_ATTN_SM120_CACHE_DIR": cache}
@@ -83,8 +89,9 @@ def measure(way: str, cache: str) -> dict[str, Any] | None:
         environment["FLASH_ATTN_SM120_NO_JIT"] = "1"
     elif way != "flash-attn-4":
         environment["FLASH_ATTN_SM120_PRECOMPILED"] = str(Path(cache, "nothing"))
-    elif "FLASH_ATTENTION_ARCH" not in environment:
-        environment["FLASH_ATTENTION_ARCH"] = "sm_120"
+    else:
+        environment.setdefault("FLASH_ATTENTION_ARCH", "sm_120")
+        environment.setdefault("FLASH_ATTENTION_NUM_SMS", str(multiprocessors()))
     answer = subprocess.run(
         [sys.executable, "-c", CHILD, way], env=environment, cwd="/", capture_output=True, text=True
     )

@@ -275,7 +275,8 @@ def _check_wheels(kernels, rows, tmp_path):
         listed = {line.split(",")[0] for line in (place / info / "RECORD").read_text().splitlines()}
         assert listed == {path.relative_to(place).as_posix() for path in place.rglob("*") if path.is_file()}
     if kernel_file.host() == "x86_64":  # as installed: the package finds what lies inside
-        answer = python(LOADS, **{"PYTHONPATH": str(tmp_path / "x86_64"), loader.PRECOMPILED: "", loader.NO_JIT: "1"})
+        path = os.pathsep.join([str(tmp_path / "x86_64"), *filter(None, [os.environ.get("PYTHONPATH")])])
+        answer = python(LOADS, **{"PYTHONPATH": path, loader.PRECOMPILED: "", loader.NO_JIT: "1"})
         assert answer.communicate()[0] == "Expects 7 parameters False\n"
     with zipfile.ZipFile(pure, "a") as archive:
         archive.writestr("flash_attn_sm120/kernels/another.py", "")

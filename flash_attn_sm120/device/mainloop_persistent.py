@@ -13,7 +13,14 @@ from cutlass import Float32, Int32, Int64, cute
 from flash_attn_sm120.device.block_range import BlockRange
 from flash_attn_sm120.device.epilogue import store_transposed
 from flash_attn_sm120.device.mainloop import ForwardTile
-from flash_attn_sm120.device.ptx import lane_anew, load_shared_v4, store_shared_b32, store_shared_v4, thread_anew
+from flash_attn_sm120.device.ptx import (
+    lane_anew,
+    load_shared_v4,
+    mbarrier_arrive_after,
+    store_shared_b32,
+    store_shared_v4,
+    thread_anew,
+)
 from flash_attn_sm120.device.scheduler import Tile, TileQueue, read_blocks
 from flash_attn_sm120.device.tile import SharedMatrix
 
@@ -48,7 +55,7 @@ class PersistentTile(ForwardTile):
 
     def init_barriers(self) -> None:
         super().init_barriers()
-        cute.arch.mbarrier_init(self.done, self.config.plan.num_warps)
+        cute.arch.mbarrier_init(self.done, 32 * self.config.plan.num_warps)
 
     @property
     def q_arrivals(self) -> int:
@@ -133,9 +140,9 @@ class PersistentTile(ForwardTile):
                 i = i + 1
             else:
                 self.store(mO, mLSE)
-                following = self.read_turn() + 1
-                self.arrive(self.done, None)
-                cute.arch.mbarrier_wait(self.q_full, following & 1)
+                turn = self.read_turn()
+                mbarrier_arrive_after(self.done.toint(), [turn.bitcast(Float32)], Int32(1))  # each lane for itself
+                cute.arch.mbarrier_wait(self.q_full, (turn + 1) & 1)
                 self.take_q()
                 self.tOrO.fill(0.0)
 
