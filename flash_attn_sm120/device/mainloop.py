@@ -274,11 +274,14 @@ class ForwardTile:
         return visible
 
     def arrive(self, barrier: cute.Pointer, results: cute.Tensor | None) -> None:
-        """The warp is done with a tile, and one lane says so. results: the accumulators that its reads went into; of
-        each pair of blocks one, as a read serves two."""
+        """The warp is done with a tile, and one lane says so. results: the accumulators that its reads went into."""
         cute.arch.sync_warp()
-        read = [] if results is None else [results[0, n, 0] for n in range(0, results.shape[1], 2)]
+        read = [] if results is None else self.all_reads(results)
         mbarrier_arrive_after(barrier.toint(), read, None if self.elects else Int32(self.lane == 0))
+
+    def all_reads(self, results: cute.Tensor) -> list[Float32]:
+        """Results that together wait for all reads of K or V: of each pair of blocks one, as a read serves two."""
+        return [results[0, n, 0] for n in range(0, results.shape[1], 2)]
 
     @property
     def elects(self) -> bool:

@@ -156,6 +156,10 @@ class PersistentTile(ForwardTile):
             rows = self.shared + (thread_anew() >> 5) * (self.config.warp_rows * layout.row_bytes)
         return layout.matrix(rows, self.lane)
 
+    def all_reads(self, results: cute.Tensor) -> list[Float32]:
+        """Those of Q too, whose room is free when K's is: of each row of blocks one."""
+        return super().all_reads(results) + [results[m, 0, 0] for m in range(1, results.shape[0])]
+
     @property
     def elects(self) -> bool:
         """Not where registers are short: ptxas keeps what it elects with."""
