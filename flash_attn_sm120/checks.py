@@ -310,11 +310,11 @@ def check_forward_only(tensors: dict[str, torch.Tensor | None]) -> None:
 def target_of(capability: tuple[int, int]) -> str:
     """The compile target for a GPU's compute capability, such as "sm_120a" for (12, 0); warns off 12.x."""
     major, minor = capability
-    if major < 8:
-        refuse("device", "a GPU of compute capability 8.0 or later", f"{major}.{minor}", NotImplementedError)
+    if major < 9:
+        refuse("device", "a GPU of compute capability 9.0 or later", f"{major}.{minor}", NotImplementedError)
     if major != 12:
         warnings.warn(
             f"flash_attn_sm120 is tuned for compute capability 12.x and runs on {major}.{minor} with the same tiles",
             stacklevel=2,
         )
-    return f"sm_{major}{minor}{'a' if major >= 9 else ''}"
+    return f"sm_{major}{minor}a"

@@ -68,7 +68,7 @@ def flash_attn_func(
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
     """softmax(q @ k^T * softmax_scale) @ v for each head. Forward only.
 
-    q: (batch, seqlen_q, heads, head_dim), bfloat16 or float16, on a GPU of compute capability 8.0 or later.
+    q: (batch, seqlen_q, heads, head_dim), bfloat16 or float16, on a GPU of compute capability 9.0 or later.
     k: (batch, seqlen_k, heads_kv, head_dim), v: (batch, seqlen_k, heads_kv, head_dim_v); heads % heads_kv == 0, query
         head h reads KV head h // (heads // heads_kv). head_dim and head_dim_v: multiples of 8 up to 256.
         Any strides with a contiguous last dimension. A tensor whose address isn't a multiple of 16 bytes, or whose

@@ -178,7 +178,7 @@ def test_compile_to_files(tmp_path, monkeypatch, capsys):
 def test_explain():
     assert "made for" in cli.doctor.explain((12, 0))[0] and "sm_120a" in cli.doctor.explain((12, 0))[1]
     assert "aren't the best" in cli.doctor.explain((9, 0))[0] and "sm_90a" in cli.doctor.explain((9, 0))[1]
-    assert "can't be used" in cli.doctor.explain((7, 5))[0]
+    assert "can't be used" in cli.doctor.explain((8, 9))[0]
 
 
 def test_table_and_colours(monkeypatch):

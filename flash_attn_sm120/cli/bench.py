@@ -155,8 +155,8 @@ def _measure(arguments: argparse.Namespace) -> tuple[dict[str, dict], str]:
 
     if not torch.cuda.is_available():
         return {}, "there is no GPU that PyTorch can use (see doctor; --from FILE shows stored results without one)"
-    if torch.cuda.get_device_capability() < (8, 0):
-        return {}, f"{torch.cuda.get_device_name()} is too old: compute capability 8.0 or later is needed"
+    if torch.cuda.get_device_capability() < (9, 0):
+        return {}, f"{torch.cuda.get_device_name()} is too old: compute capability 9.0 or later is needed"
     from flash_attn_sm120.bench import peers
 
     absent = [name for name in PEERS if not peers.installed(name)]

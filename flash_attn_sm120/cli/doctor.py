@@ -91,14 +91,14 @@ def explain(capability: tuple[int, int]) -> list[str]:
     from flash_attn_sm120.dispatch import choose
 
     major, minor = capability
-    if capability < (8, 0):
-        return ["can't be used: the kernels need cp.async and bfloat16 matrix instructions, which came with 8.0"]
+    if capability < (9, 0):
+        return ["can't be used: the kernels wait at mbarriers by an instruction that came with 9.0"]
     lines = []
     if major == 12:
         lines.append("this is what the kernels are made for")
     else:
         lines.append("runs the same kernels with SM120's tiles, which aren't the best for this chip")
-    target = f"sm_{major}{minor}{'a' if major >= 9 else ''}"
+    target = f"sm_{major}{minor}a"
     plan = choose(AttentionProblem("bfloat16", 128, 128, mask="causal"), target)
     lines.append(f"its target is {target}; kernels come from files, or from the compiler at the first call of a kind:")
     lines += [f"  {line}" for line in describe_sources(target)]

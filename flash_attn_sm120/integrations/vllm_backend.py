@@ -104,8 +104,8 @@ class FlashAttnSm120Backend(AttentionBackend):
 
     @classmethod
     def supports_compute_capability(cls, capability: Any) -> bool:
-        """8.0 and up; the tiles are made for 12.x."""
-        return capability.major >= 8
+        """9.0 and up; the tiles are made for 12.x."""
+        return capability.major >= 9
 
     @classmethod
     def supports_combination(

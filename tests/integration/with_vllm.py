@@ -101,7 +101,7 @@ TAKEN = [
     {"dtype": torch.float16}, {"kv_cache_dtype": None}, {"kv_cache_dtype": "bfloat16"},
     {"dtype": torch.float16, "kv_cache_dtype": "float16"}, {"has_sink": True}, {"use_non_causal": True},
     {"has_sliding_window": True}, {"use_dcp": True}, {"use_kv_connector": True},
-    {"device_capability": (8, 0)}, {"device_capability": (9, 0)}, {"device_capability": (12, 1)},
+    {"device_capability": (9, 0)}, {"device_capability": (10, 0)}, {"device_capability": (12, 1)},
 ]  # fmt: skip
 REFUSED = [
     ({"head_size": 4}, "head_size"), ({"head_size": 60}, "head_size"), ({"head_size": 264}, "head_size"),
@@ -112,7 +112,7 @@ REFUSED = [
     ({"block_size": 8}, "block_size"), ({"block_size": 24}, "block_size"), ({"use_mla": True}, "MLA"),
     ({"use_sparse": True}, "sparse"), ({"use_mm_prefix": True}, "multimodal"),
     ({"use_per_head_quant_scales": True}, "per-head"), ({"use_batch_invariant": True}, "batch invariance"),
-    ({"device_capability": (7, 5)}, "compute capability"), ({"use_pcp": True}, "PCP"), ({"use_rswa": True}, "R-SWA"),
+    ({"device_capability": (8, 9)}, "compute capability"), ({"use_pcp": True}, "PCP"), ({"use_rswa": True}, "R-SWA"),
     ({"use_adaptive_verification": True}, "query lens mismatch"),
 ]  # fmt: skip
 
