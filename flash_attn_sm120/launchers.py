@@ -10,9 +10,8 @@ from functools import cache
 import torch
 
 from flash_attn_sm120 import calls, checks, dispatch, loader
-from flash_attn_sm120.problem import AttentionProblem, ClassifyProblem, CombineProblem
-
-Problem = AttentionProblem | CombineProblem | ClassifyProblem
+from flash_attn_sm120.kernel_file import Problem
+from flash_attn_sm120.problem import AttentionProblem
 
 _launchers: dict[tuple[Problem, torch.device], Callable] = {}
 _plans: dict[tuple[AttentionProblem, str], dispatch.Plan] = {}

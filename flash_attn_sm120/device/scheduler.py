@@ -125,39 +125,42 @@ def heads_in_l2(heads_per_kv: Int32, seqlen_k: Int32, kv_row_bytes: int) -> Int3
 
 
 @cute.jit
-def packed_tile(
-    block: Int32,
-    head: Int32,
-    batch: Int32,
-    total: Int32,
-    mCuSeqlensQ: cute.Tensor,
-    tile_m: cutlass.Constexpr,
-    lane: Int32,
-) -> Tile:
-    """block in [0, total // tile_m + batch), an upper bound of the tiles that a head's sequences have together.
-
-    Every warp looks 32 sequences at a time for the one that holds tile `block`; a block past the last tile is invalid.
-    """
-    found_batch, found_tile, found_count = Int32(-1), Int32(0), Int32(0)
-    tiles_before = Int32(0)
+def find_sequence(block: Int32, batch: Int32, count_of: cutlass.Constexpr, lane: Int32) -> tuple[Int32, Int32, Int32]:
+    """Whose `block` is where sequence i has count_of(i) blocks, one sequence's behind another's: (sequence, or -1 past
+    the last block; the block's number in it; its count). Every warp looks 32 sequences at a time."""
+    found_batch, found_block, found_count = Int32(-1), Int32(0), Int32(0)
+    blocks_before = Int32(0)
     first = Int32(0)
     while first < batch and found_batch < 0:
         index = first + lane
         count = Int32(0)
         if index < batch:
-            start = clamp(mCuSeqlensQ[index], Int32(0), total)
-            count = (clamp(mCuSeqlensQ[index + 1], start, total) - start + tile_m - 1) // tile_m
+            count = count_of(index)
         before_end = count
         for step in cutlass.range_constexpr(5):
             below = cute.arch.shuffle_sync_up(before_end, offset=1 << step, mask_and_clamp=0)
             if lane >= 1 << step:
                 before_end = before_end + below
-        holders = cute.arch.vote_ballot_sync(tiles_before + before_end > block)
+        holders = cute.arch.vote_ballot_sync(blocks_before + before_end > block)
         if holders != 0:
             owner = cute.arch.popc(~holders & (holders - 1))
             found_batch = first + owner
             found_count = cute.arch.shuffle_sync(count, owner)
-            found_tile = block - (tiles_before + cute.arch.shuffle_sync(before_end, owner) - found_count)
-        tiles_before = tiles_before + cute.arch.shuffle_sync(before_end, 31)
+            found_block = block - (blocks_before + cute.arch.shuffle_sync(before_end, owner) - found_count)
+        blocks_before = blocks_before + cute.arch.shuffle_sync(before_end, 31)
         first = first + 32
+    return found_batch, found_block, found_count
+
+
+def packed_tile(
+    block: Int32, head: Int32, batch: Int32, total: Int32, mCuSeqlensQ: cute.Tensor, tile_m: int, lane: Int32
+) -> Tile:
+    """block in [0, total // tile_m + batch), an upper bound of the tiles that a head's sequences have together; a block
+    past the last tile is invalid."""
+
+    def count_of(index: Int32) -> Int32:
+        start = clamp(mCuSeqlensQ[index], Int32(0), total)
+        return (clamp(mCuSeqlensQ[index + 1], start, total) - start + tile_m - 1) // tile_m
+
+    found_batch, found_tile, found_count = find_sequence(block, batch, count_of, lane)
     return Tile(found_count - 1 - found_tile, head, found_batch, found_batch >= 0)

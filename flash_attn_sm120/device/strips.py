@@ -15,6 +15,7 @@ from cutlass import Int32, Int64, cute
 
 from flash_attn_sm120.device.block_range import BlockRange, block_range
 from flash_attn_sm120.device.ptx import load_shared_v2, load_shared_v4, store_shared_v4
+from flash_attn_sm120.device.scheduler import find_sequence
 from flash_attn_sm120.device.seqlen import Sequence, clamp, divide
 from flash_attn_sm120.problem import AttentionProblem
 
@@ -30,44 +31,26 @@ class Place:
     valid: cutlass.Boolean
 
 
-@cute.jit
 def find_place(
     block: Int32,
     batch: Int32,
     totals: tuple,
     marks: tuple,
     heads_per_kv: Int32,
-    strip_rows: cutlass.Constexpr,
-    warps: cutlass.Constexpr,
+    strip_rows: int,
+    warps: int,
     lane: Int32,
 ) -> Place:
-    """block in [0, most_blocks(...)). totals, marks: rows and cu_seqlens of both groups' tensors.
+    """block in [0, most_blocks(...)). totals, marks: rows and cu_seqlens of both groups' tensors."""
 
-    Every warp looks 32 sequences at a time for the one that holds block `block`.
-    """
-    found_batch, found_block = Int32(-1), Int32(0)
-    blocks_before, first = Int32(0), Int32(0)
-    while first < batch and found_batch < 0:
-        index = first + lane
-        count = Int32(0)
-        if index < batch:
-            for total, mark in zip(totals, marks, strict=True):
-                start = clamp(mark[index], Int32(0), total)
-                count = count + (clamp(mark[index + 1], start, total) - start + strip_rows - 1) // strip_rows
-        count = (count * heads_per_kv + warps - 1) // warps
-        before_end = count
-        for step in cutlass.range_constexpr(5):
-            below = cute.arch.shuffle_sync_up(before_end, offset=1 << step, mask_and_clamp=0)
-            if lane >= 1 << step:
-                before_end = before_end + below
-        holders = cute.arch.vote_ballot_sync(blocks_before + before_end > block)
-        if holders != 0:
-            owner = cute.arch.popc(~holders & (holders - 1))
-            found_batch = first + owner
-            own = cute.arch.shuffle_sync(before_end - count, owner)
-            found_block = block - (blocks_before + own)
-        blocks_before = blocks_before + cute.arch.shuffle_sync(before_end, 31)
-        first = first + 32
+    def count_of(index: Int32) -> Int32:
+        strips = Int32(0)
+        for total, mark in zip(totals, marks, strict=True):
+            start = clamp(mark[index], Int32(0), total)
+            strips = strips + (clamp(mark[index + 1], start, total) - start + strip_rows - 1) // strip_rows
+        return (strips * heads_per_kv + warps - 1) // warps
+
+    found_batch, found_block, _ = find_sequence(block, batch, count_of, lane)
     return Place(found_batch, found_block * warps, found_batch >= 0)
 
 
