@@ -324,6 +324,11 @@ class ForwardTile:
         sK = config.layout_k.matrix(shared, self.lane, config.offset_k, rows_first=False)
         qk_product(self.tSrQ, self.matrix_q(), sK, self.tSrS, config.mma_dtype)
 
+    def q_rows_anew(self) -> Int32:
+        """q_rows, where no register is to hold it."""
+        config = self.config
+        return self.shared + (thread_anew() >> 5) * (config.warp_rows * config.layout_q.row_bytes)
+
     def matrix_q(self) -> SharedMatrix:
         """The warp's rows."""
         return self.config.layout_q.matrix(self.q_rows, self.lane)

@@ -19,7 +19,6 @@ from flash_attn_sm120.device.ptx import (
     mbarrier_arrive_after,
     store_shared_b32,
     store_shared_v4,
-    thread_anew,
 )
 from flash_attn_sm120.device.scheduler import Tile, TileQueue, read_blocks
 from flash_attn_sm120.device.tile import SharedMatrix
@@ -151,10 +150,8 @@ class PersistentTile(ForwardTile):
 
     def matrix_q(self) -> SharedMatrix:
         """Where no register is left to hold them, its rows are found anew."""
-        rows, layout = self.q_rows, self.config.layout_q
-        if not self.is_roomy:
-            rows = self.shared + (thread_anew() >> 5) * (self.config.warp_rows * layout.row_bytes)
-        return layout.matrix(rows, self.lane)
+        rows = self.q_rows if self.is_roomy else self.q_rows_anew()
+        return self.config.layout_q.matrix(rows, self.lane)
 
     def all_reads(self, results: cute.Tensor) -> list[Float32]:
         """Those of Q too, whose room is free when K's is: of each row of blocks one."""

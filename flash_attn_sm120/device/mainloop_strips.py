@@ -87,8 +87,7 @@ class StripTile(ForwardTile):
     @property
     def q_rows(self) -> Int32:
         """Where the warp's Q lies; likewise."""
-        config = self.config
-        return self.shared + (thread_anew() >> 5) * (config.warp_rows * config.layout_q.row_bytes)
+        return self.q_rows_anew()
 
     @q_rows.setter
     def q_rows(self, address: Int32) -> None:
