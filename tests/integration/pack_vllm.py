@@ -5,9 +5,10 @@
 OUT_DIR/vllm.tar.xz: vLLM's Python, its compiled ops with the code of other GPUs set to zeros, and the packages of
 vllm_gpu_requirements.txt. In place of vLLM's FlashAttention is an empty module, which the others import
 and don't use.
-OUT_DIR/vllm-flash-attn.tar.xz: FlashAttention 3 of compute capability 9.0, for the backend FLASH_ATTN.
+OUT_DIR/vllm-flash-attn-3.tar.xz: FlashAttention 3 of compute capability 9.0, for the backend FLASH_ATTN.
+OUT_DIR/vllm-flash-attn-2.tar.xz: FlashAttention 2 for it, whose PTX a GPU of 9.0 compiles when it is first called.
 
-Both unpack into one folder, which goes on PYTHONPATH. Takes 3 minutes on 2 cores and 1.5 GB; prints the sizes.
+All unpack into one folder, which goes on PYTHONPATH. Takes 5 minutes on 2 cores and 1.5 GB; prints the sizes.
 """
 
 import argparse
@@ -26,7 +27,7 @@ PLATFORMS = ("manylinux2014_x86_64", *(f"manylinux_2_{minor}_x86_64" for minor i
 REQUIREMENTS = Path(__file__).with_name("vllm_gpu_requirements.txt")
 OPS = ("vllm/_C_stable_libtorch.abi3.so", "vllm/_moe_C_stable_libtorch.abi3.so")
 SMALL = ("vllm/cumem_allocator.abi3.so", "vllm/spinloop.abi3.so")
-FLASH_ATTN = "vllm/vllm_flash_attn/_vllm_fa3_C.abi3.so"
+FLASH_ATTN = {version: f"vllm/vllm_flash_attn/_vllm_fa{version}_C.abi3.so" for version in (2, 3)}
 STAND_IN = "vllm/vllm_flash_attn/_vllm_fa2_C.py"
 KEPT = (".py", ".json", "/METADATA", "/entry_points.txt")
 LEFT_OUT = (
@@ -102,11 +103,16 @@ def download(folder: Path, python: str) -> tuple[Path, list[Path]]:
     return own, [wheel for wheel in wheels if wheel != own]
 
 
-def unpack_vllm(wheel: Path, site: Path, flash_attn: Path, capability: int) -> None:
+def unpack_vllm(wheel: Path, site: Path, flash_attn: dict[int, Path], capability: int) -> None:
+    """flash_attn: a folder for each of FLASH_ATTN."""
     with zipfile.ZipFile(wheel) as archive:
         names = [name for name in archive.namelist() if name.endswith(KEPT) and not any(p in name for p in LEFT_OUT)]
         archive.extractall(site, [*names, *SMALL])
-        for name, folder in (*((name, site) for name in OPS), (FLASH_ATTN, flash_attn)):
+        parts = [
+            *((name, site) for name in OPS),
+            *((FLASH_ATTN[version], flash_attn[version]) for version in FLASH_ATTN),
+        ]
+        for name, folder in parts:
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
             (folder / name).write_bytes(pruned(archive.read(name), capability))
     (site / STAND_IN).write_text('"""Stands where vLLM\'s compiled FlashAttention 2 was left out."""\n')
@@ -132,13 +138,14 @@ def main() -> None:
     work = Path(tempfile.mkdtemp())
     try:
         vllm, others = download(work / "wheels", options.python)
-        site, flash_attn = work / "site", work / "flash_attn"
+        site, flash_attn = work / "site", {version: work / f"flash_attn_{version}" for version in FLASH_ATTN}
         unpack_vllm(vllm, site, flash_attn, options.capability)
         for wheel in others:
             with zipfile.ZipFile(wheel) as archive:
                 archive.extractall(site)
         pack(site, options.out / "vllm.tar.xz")
-        pack(flash_attn, options.out / "vllm-flash-attn.tar.xz")
+        for version, folder in flash_attn.items():
+            pack(folder, options.out / f"vllm-flash-attn-{version}.tar.xz")
     finally:
         shutil.rmtree(work)
 

@@ -1,7 +1,8 @@
 """A real vLLM generates with FLASH_ATTN_SM120 what it generates with its own backend. Needs a GPU and vLLM 0.24.
 
     python tests/integration/vllm_generate.py [--models llama qwen3 gemma3 gpt_oss] [--modes eager full decode]
-                                              [--kv auto fp8] [--reference TRITON_ATTN] [--json FILE]
+                                              [--kv auto fp8] [--reference TRITON_ATTN] [--backend NAME]
+                                              [--json FILE]
 
 Each model is small, with random weights, written to a temporary folder. 32 requests of 1 to 1,500 tokens, some with the
 same beginning, go through chunked prefill (512 tokens a step) and a prefix cache, twice, so that the second round finds
@@ -12,7 +13,8 @@ its prompts cached. The reference generates greedily, without CUDA graphs. FLASH
 in two ways: freely, compared up to each request's first difference; and led along the reference's tokens, compared
 everywhere, which is how every decode step counts. Where vLLM's newer model runner takes the model, a third engine runs
 it freely (`runner 2`); only the older one can be led. A position counts where the reference's top two logits are more
-than 1e-2 apart. Exits with 1 where fewer than 99% of these agree, where a layer has another backend, or where vLLM's
+than 1e-2 apart. With --backend, one of vLLM's own stands in for FLASH_ATTN_SM120, to show what two of them agree to.
+Exits with 1 where fewer than 99% of these agree, where a layer has another backend, or where vLLM's
 log doesn't name this one.
 
 Without a network (PyTorch 2.11.0, transformers 5 and Triton in place, this repository in the working directory):
@@ -125,13 +127,14 @@ class Answer:
 class Log(logging.Handler):
     """Lines in which vLLM names the backend; one for engines that choose alike."""
 
-    def __init__(self) -> None:
+    def __init__(self, backend: str) -> None:
         super().__init__()
+        self.backend = backend
         self.lines: list[str] = []
 
     def emit(self, record: logging.LogRecord) -> None:
         line = record.getMessage()
-        if BACKEND in line and line.startswith("Using"):
+        if self.backend in line and line.startswith("Using"):
             self.lines.append(line)
 
 
@@ -286,7 +289,7 @@ def run(model: str, path: Path, kv: str, options: argparse.Namespace) -> list[Ro
     engine.close()
     rows = []
     for mode, runner in itertools.product(options.modes, RUNNERS[model]):
-        engine = Engine(path, BACKEND, mode, kv, runner)
+        engine = Engine(path, options.backend, mode, kv, runner)
         for turn, way in itertools.product((1, 2), ("free", "led") if runner == 1 else ("free",)):
             ours = engine.generate(reference if way == "led" else None)
             counts = compare(reference, ours, way)
@@ -310,6 +313,7 @@ def main() -> None:
     parser.add_argument("--modes", nargs="+", default=("eager", "full", "decode"), choices=list(MODES))
     parser.add_argument("--kv", nargs="+", default=("auto", "fp8"), help="dtypes of the cache")
     parser.add_argument("--reference", default="TRITON_ATTN", help="the backend that is compared with")
+    parser.add_argument("--backend", default=BACKEND, help="the backend that is compared")
     parser.add_argument("--json", type=Path, help="where the table goes, too")
     options = parser.parse_args()
     for name, value in ENVIRONMENT.items():
@@ -320,7 +324,7 @@ def main() -> None:
 
     register()
     same_queries(options.reference)
-    log = Log()
+    log = Log(options.backend)
     logging.getLogger("vllm").addHandler(log)
     rows: list[Row] = []
     with tempfile.TemporaryDirectory() as folder:
@@ -330,11 +334,16 @@ def main() -> None:
                 rows += run(model, path, kv, options)
                 if options.json:
                     about = {"vllm": vllm.__version__, "torch": torch.__version__, "gpu": torch.cuda.get_device_name()}
-                    about |= {"reference": options.reference, "gap": GAP, "log": sorted(set(log.lines))}
+                    about |= {
+                        "reference": options.reference,
+                        "backend": options.backend,
+                        "gap": GAP,
+                        "log": sorted(set(log.lines)),
+                    }
                     table = [asdict(row) | {"share": row.share} for row in rows]
                     options.json.write_text(json.dumps(about | {"rows": table}, indent=1) + "\n")
     print("\n".join(map(line_of, rows)))
-    wrong = [row for row in rows if row.share < ENOUGH or row.backends != BACKEND]
+    wrong = [row for row in rows if row.share < ENOUGH or row.backends != options.backend]
     print("\n".join(sorted(set(log.lines))), f"{len(rows) - len(wrong)} of {len(rows)} as they should be", sep="\n")
     sys.exit(bool(wrong) or not log.lines)
 
