@@ -1,8 +1,8 @@
 """A real vLLM generates with FLASH_ATTN_SM120 what it generates with its own backend. Needs a GPU and vLLM 0.24.
 
     python tests/integration/vllm_generate.py [--models llama qwen3 gemma3 gpt_oss] [--modes eager full decode]
-                                              [--kv auto fp8] [--reference TRITON_ATTN] [--backend NAME]
-                                              [--json FILE]
+                                              [--kv auto fp8] [--runners 1 2] [--json FILE]
+                                              [--reference TRITON_ATTN|float32] [--backends NAME ...]
 
 Each model is small, with random weights, written to a temporary folder. 32 requests of 1 to 1,500 tokens, some with the
 same beginning, go through chunked prefill (512 tokens a step) and a prefix cache, twice, so that the second round finds
@@ -13,9 +13,9 @@ its prompts cached. The reference generates greedily, without CUDA graphs. FLASH
 in two ways: freely, compared up to each request's first difference; and led along the reference's tokens, compared
 everywhere, which is how every decode step counts. Where vLLM's newer model runner takes the model, a third engine runs
 it freely (`runner 2`); only the older one can be led. A position counts where the reference's top two logits are more
-than 1e-2 apart. With --backend, one of vLLM's own stands in for FLASH_ATTN_SM120, to show what two of them agree to.
-Exits with 1 where fewer than 99% of these agree, where a layer has another backend, or where vLLM's
-log doesn't name this one.
+than 1e-2 apart. To tell whose rounding a difference is, --reference float32 computes attention in float32 PyTorch from
+the same cache, and --backends can name vLLM's own. Exits with 1 where fewer than 99% of these agree, where a layer has
+another backend, or where vLLM's log doesn't name this one.
 
 Without a network (PyTorch 2.11.0, transformers 5 and Triton in place, this repository in the working directory):
 
@@ -35,6 +35,8 @@ import os
 import random
 import sys
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -128,14 +130,14 @@ class Answer:
 class Log(logging.Handler):
     """Lines in which vLLM names the backend; one for engines that choose alike."""
 
-    def __init__(self, backend: str) -> None:
+    def __init__(self, backends: list[str]) -> None:
         super().__init__()
-        self.backend = backend
+        self.backends = backends
         self.lines: list[str] = []
 
     def emit(self, record: logging.LogRecord) -> None:
         line = record.getMessage()
-        if self.backend in line and line.startswith("Using"):
+        if any(name in line for name in self.backends) and line.startswith("Using"):
             self.lines.append(line)
 
 
@@ -237,7 +239,8 @@ def answer(output: Any) -> Answer:
 
 @dataclass
 class Row:
-    """Agreement of one engine with the reference. compared: positions whose gap is wide enough; agreed: of these."""
+    """Agreement of one engine with the reference. compared: positions whose gap is wide enough; agreed: of these.
+    backend: as asked for; backends: as the layers have it."""
 
     model: str
     kv: str
@@ -248,6 +251,7 @@ class Row:
     positions: int
     compared: int
     agreed: int
+    backend: str
     backends: str
 
     @property
@@ -270,31 +274,58 @@ def compare(reference: list[Answer], ours: list[Answer], way: str) -> tuple[int,
     return positions, compared, agreed
 
 
-def same_queries(backend: str) -> None:
+def same_queries() -> None:
     """TRITON_ATTN rounds queries to float8 beside a float8 cache, which FLASH_ATTN_SM120 doesn't: here neither does."""
-    if backend == "TRITON_ATTN":
-        from vllm.v1.attention.backends.triton_attn import TritonAttentionImpl
+    from vllm.v1.attention.backends.triton_attn import TritonAttentionImpl
 
-        made = TritonAttentionImpl.__init__
+    made = TritonAttentionImpl.__init__
 
-        def make(self: Any, *arguments: Any, **named: Any) -> None:
-            made(self, *arguments, **named)
-            self.supports_quant_query_input = False
+    def make(self: Any, *arguments: Any, **named: Any) -> None:
+        made(self, *arguments, **named)
+        self.supports_quant_query_input = False
 
-        TritonAttentionImpl.__init__ = make
+    TritonAttentionImpl.__init__ = make
+
+
+@contextmanager
+def in_float32() -> Iterator[None]:
+    """Attention of FLASH_ATTN_SM120's layers is this package's reference."""
+    from flash_attn_sm120 import reference
+    from flash_attn_sm120.integrations import vllm_backend
+
+    def attend(
+        q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, cu_seqlens_q: torch.Tensor, cu_seqlens_k: None,
+        max_seqlen_q: int, max_seqlen_k: int, *, out: torch.Tensor, **options: Any,
+    ) -> None:  # fmt: skip
+        out.copy_(reference.attention(q, k, v, cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k, **options)[0])
+
+    own, vllm_backend.flash_attn_varlen_func = vllm_backend.flash_attn_varlen_func, attend
+    try:
+        yield
+    finally:
+        vllm_backend.flash_attn_varlen_func = own
+
+
+def answers_of(name: str, path: Path, kv: str) -> list[Answer]:
+    """Of the reference."""
+    exact = name == "float32"
+    with in_float32() if exact else nullcontext():
+        engine = Engine(path, BACKEND if exact else name, "eager", kv)
+        found = engine.generate()
+        engine.close()
+    return found
 
 
 def run(model: str, path: Path, kv: str, options: argparse.Namespace) -> list[Row]:
-    engine = Engine(path, options.reference, "eager", kv)
-    reference = engine.generate()
-    engine.close()
+    reference = answers_of(options.reference, path, kv)
     rows = []
-    for mode, runner in itertools.product(options.modes, RUNNERS[model]):
-        engine = Engine(path, options.backend, mode, kv, runner)
+    runners = [runner for runner in RUNNERS[model] if runner in options.runners]
+    for backend, mode, runner in itertools.product(options.backends, options.modes, runners):
+        engine = Engine(path, backend, mode, kv, runner)
         for turn, way in itertools.product((1, 2), ("free", "led") if runner == 1 else ("free",)):
             ours = engine.generate(reference if way == "led" else None)
             counts = compare(reference, ours, way)
-            rows.append(Row(model, kv, mode, runner, turn, way, *counts, engine.backends()))
+            rows.append(Row(model, kv, mode, runner, turn, way, *counts, backend, engine.backends()))
             print(line_of(rows[-1]), flush=True)
         engine.close()
     return rows
@@ -302,7 +333,7 @@ def run(model: str, path: Path, kv: str, options: argparse.Namespace) -> list[Ro
 
 def line_of(row: Row) -> str:
     return (
-        f"{row.model:8} {row.kv:5} {row.mode:8} runner {row.runner} round {row.round} {row.way:5}"
+        f"{row.backend:16} {row.model:8} {row.kv:5} {row.mode:8} runner {row.runner} round {row.round} {row.way:5}"
         f"{row.positions:6} positions {row.compared:6} compared {100 * row.share:7.2f}% agree"
     )
 
@@ -314,7 +345,8 @@ def main() -> None:
     parser.add_argument("--modes", nargs="+", default=("eager", "full", "decode"), choices=list(MODES))
     parser.add_argument("--kv", nargs="+", default=("auto", "fp8"), help="dtypes of the cache")
     parser.add_argument("--reference", default="TRITON_ATTN", help="the backend that is compared with")
-    parser.add_argument("--backend", default=BACKEND, help="the backend that is compared")
+    parser.add_argument("--backends", nargs="+", default=[BACKEND], help="those that are compared")
+    parser.add_argument("--runners", nargs="+", type=int, default=[1, 2], help="vLLM's model runners")
     parser.add_argument("--json", type=Path, help="where the table goes, too")
     options = parser.parse_args()
     for name, value in ENVIRONMENT.items():
@@ -324,8 +356,8 @@ def main() -> None:
     from flash_attn_sm120.integrations.vllm import register
 
     register()
-    same_queries(options.reference)
-    log = Log(options.backend)
+    same_queries()
+    log = Log(options.backends)
     logging.getLogger("vllm").addHandler(log)
     rows: list[Row] = []
     with tempfile.TemporaryDirectory() as folder:
@@ -337,14 +369,14 @@ def main() -> None:
                     about = {"vllm": vllm.__version__, "torch": torch.__version__, "gpu": torch.cuda.get_device_name()}
                     about |= {
                         "reference": options.reference,
-                        "backend": options.backend,
+                        "backends": options.backends,
                         "gap": GAP,
                         "log": sorted(set(log.lines)),
                     }
                     table = [asdict(row) | {"share": row.share} for row in rows]
                     options.json.write_text(json.dumps(about | {"rows": table}, indent=1) + "\n")
     print("\n".join(map(line_of, rows)))
-    wrong = [row for row in rows if row.share < ENOUGH or row.backends != options.backend]
+    wrong = [row for row in rows if row.share < ENOUGH or row.backends != row.backend]
     print("\n".join(sorted(set(log.lines))), f"{len(rows) - len(wrong)} of {len(rows)} as they should be", sep="\n")
     sys.exit(bool(wrong) or not log.lines)
 
