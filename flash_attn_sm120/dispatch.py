@@ -139,11 +139,12 @@ FORWARD_TILES = (
     *NARROW_TILES,
 )
 # The end of a tile and the start of the next cost 5 us one behind the other, so thread blocks stay, but where the loop
-# that they then have costs more: head_dim 64 and 128 without a mask. Evidence: benchmarks/NOTES.md, "One tile after
-# another".
+# that they then have costs more: head_dim 64 and 128 without a mask. There 96 keys a block are the fastest at head_dim
+# 64. Evidence: benchmarks/NOTES.md, "One tile after another", "Keys of a block at head_dim 64".
 SMALLEST, SMALL, MIDDLE, *LARGE = COMMON_TILES
 FORWARD_TMA_TILES = (
     replace(SMALLEST, persistent=True, masks=("causal", "local")),
+    replace(SMALLEST, tile_n=96),
     SMALLEST,
     replace(SMALL, persistent=True),
     replace(LARGEST, persistent=True, masks=("causal",)),
@@ -186,6 +187,7 @@ REGISTERS = {
     ("strips", 8, 64): (24, 240),
     ("tma", 4, 32): (24, 232),
     ("tma", 4, 64): (24, 232),
+    ("tma", 4, 96): (24, 232),
     ("tma", 8, 32): (24, 240),
     ("tma", 8, 64): (24, 240),
 }

@@ -18,8 +18,8 @@ import torch
 from cutlass import Float32, Int32, cute
 from cutlass.cute.runtime import make_fake_stream, make_fake_tensor
 
+from flash_attn_sm120 import launchers
 from flash_attn_sm120.bench.timing import median_ms
-from flash_attn_sm120.checks import target_of
 from flash_attn_sm120.device.fragments import accumulators
 from flash_attn_sm120.device.ptx import mma_m16n8k16
 
@@ -99,7 +99,7 @@ def build(kernel: type, target: str, options: str = "") -> Callable:
 
 @cache
 def _launcher(kernel: type) -> Callable:
-    return build(kernel, target_of(torch.cuda.get_device_capability()))
+    return build(kernel, launchers.target(torch.cuda.current_device()))
 
 
 def _multiprocessors() -> int:

@@ -18,12 +18,12 @@ from pathlib import Path
 
 import torch
 
+from flash_attn_sm120 import launchers
 from flash_attn_sm120.arguments import Arguments, Lengths, Numbers, Partials
 from flash_attn_sm120.bench import paged_peers, peers
 from flash_attn_sm120.bench.collect import Save, Watch, collect_rows, conditions
 from flash_attn_sm120.bench.sm120_mode import padded_smem
 from flash_attn_sm120.bench.timing import median_ms
-from flash_attn_sm120.checks import target_of
 from flash_attn_sm120.compile import build
 from flash_attn_sm120.dispatch import Plan, choose
 from flash_attn_sm120.problem import AttentionProblem
@@ -141,11 +141,11 @@ def read_tb_s() -> float:
 
 
 def prepare(cell: Cell, occupancy: str, plan: Plan | None = None, num_splits: int = 0) -> tuple[Callable, Splits]:
-    properties = torch.cuda.get_device_properties(0)
-    target = target_of((properties.major, properties.minor))
+    device = torch.device("cuda", torch.cuda.current_device())
+    target, sms = launchers.target(device.index), launchers.sm_count(device)
     q_shape = (cell.batch, cell.seqlen_q, cell.heads, cell.head_dim)
     sizes = (q_shape, cell.heads_kv, cell.batch, cell.seqlen_q, cell.seqlen)
-    splits = choose_splits(cell.problem(True), properties.multi_processor_count, *sizes, num_splits)
+    splits = choose_splits(cell.problem(True), sms, *sizes, num_splits)
     problem = cell.problem(splits.num_splits > 1)
     plan = plan or choose(problem, target)
     if occupancy == "sm120":

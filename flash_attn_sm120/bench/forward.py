@@ -20,6 +20,7 @@ from pathlib import Path
 
 import torch
 
+from flash_attn_sm120 import launchers
 from flash_attn_sm120.arguments import Arguments, Numbers, Queue
 from flash_attn_sm120.bench import peers
 from flash_attn_sm120.bench.ceiling import mma_tflops
@@ -27,10 +28,8 @@ from flash_attn_sm120.bench.collect import Save, Watch, collect_rows, conditions
 from flash_attn_sm120.bench.sm120_mode import padded_smem
 from flash_attn_sm120.bench.tables import forward_rows
 from flash_attn_sm120.bench.timing import median_ms
-from flash_attn_sm120.checks import target_of
 from flash_attn_sm120.compile import build
 from flash_attn_sm120.dispatch import TILES, Plan, can_implement, choose, plan_for
-from flash_attn_sm120.launchers import sm_count
 from flash_attn_sm120.problem import AttentionProblem
 from flash_attn_sm120.workspace import tickets
 
@@ -95,7 +94,7 @@ def launcher(problem: AttentionProblem, plan: Plan, target: str) -> Callable:
 
 def ours(cell: Cell, occupancy: str) -> dict[str, tuple[Plan, Callable]]:
     """{"ours": (plan, call(q, k, v) -> out)}, and "other" where this package's other kernel can do it too."""
-    target = target_of(torch.cuda.get_device_capability())
+    target = launchers.target(torch.cuda.current_device())
     picked = choose(cell.problem, target)
     plans = {"ours": picked}
     for name in TILES:
@@ -125,7 +124,7 @@ def queue_for(plan: Plan) -> tuple:
     if plan.kernel != "forward_tma":
         return ()
     device = torch.device("cuda", torch.cuda.current_device())
-    return (Queue(tickets(1, device), sm_count(device)) if plan.persistent else None,)
+    return (Queue(tickets(1, device), launchers.sm_count(device)) if plan.persistent else None,)
 
 
 def measure(cell: Cell, occupancy: str, wanted: list[str], ceiling: float) -> dict:

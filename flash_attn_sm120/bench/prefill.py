@@ -17,13 +17,13 @@ from pathlib import Path
 
 import torch
 
+from flash_attn_sm120 import launchers
 from flash_attn_sm120.arguments import Arguments, Lengths, Numbers
 from flash_attn_sm120.bench import paged_peers, peers
 from flash_attn_sm120.bench.collect import Save, Watch, collect_rows, conditions
 from flash_attn_sm120.bench.forward import MASKS, SIZES, WRONG, Cell, launcher, ours
 from flash_attn_sm120.bench.sm120_mode import padded_smem
 from flash_attn_sm120.bench.timing import median_ms
-from flash_attn_sm120.checks import target_of
 from flash_attn_sm120.dispatch import choose
 from flash_attn_sm120.problem import AttentionProblem
 
@@ -46,7 +46,7 @@ def paged(cell: Cell, page_size: int, kind: str, occupancy: str) -> tuple[Callab
     kv_dtype = "" if kind == "bf16" else "float8_e4m3fn"
     way = {"seqused_k": True, "page_size": page_size, "kv_dtype": kv_dtype}
     problem = AttentionProblem("bfloat16", cell.head_dim, cell.head_dim_v, mask=cell.mask, **way)
-    target = target_of(torch.cuda.get_device_capability())
+    target = launchers.target(torch.cuda.current_device())
     plan = choose(problem, target)
     if occupancy == "sm120":
         plan = replace(plan, smem_bytes=padded_smem(plan.smem_bytes, plan.blocks_per_sm))
