@@ -13,7 +13,7 @@ from flash_attn_sm120.calls import Call, Options, Tensors
 from flash_attn_sm120.changes import Changes, check_beside, check_blocks, check_change_values, problem_fields
 from flash_attn_sm120.modifiers import constant_way, nothing, way_of
 from flash_attn_sm120.problem import AttentionProblem
-from flash_attn_sm120.splits import Splits, choose_splits
+from flash_attn_sm120.splits import Splits, choose_splits, decode_ways
 from flash_attn_sm120.strides import has_tma_strides, has_whole_strides, reach
 
 
@@ -214,12 +214,11 @@ def _with_decode(
     changed = any(getattr(problem, name) for name in dispatch.CHANGES)
     if changed or not dispatch.use_decode(rows, num_splits):
         return problem, Splits(1)
-    decode = replace(problem, decode=True)
     rows = q.shape[0] if rows is None else rows
     keys = keys_in_sight(_most_keys(k, tensors, options), rows, numbers)
     sms = launchers.sm_count(q.device)
-    cut = choose_splits(decode, sms, tuple(q.shape), k.shape[-2], batch, rows, keys, num_splits)
-    return replace(decode, split=cut.num_splits > 1), cut
+    cut = choose_splits(problem, sms, tuple(q.shape), k.shape[-2], batch, rows, keys, num_splits)
+    return decode_ways(problem)[cut.num_splits > 1][0], cut
 
 
 def keys_in_sight(keys: int, rows: int, numbers: Numbers) -> int:

@@ -6,8 +6,9 @@ How many parts a sequence really has is decided on the device, by its share of t
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import lru_cache
 
-from flash_attn_sm120.dispatch import MAX_SPLITS, plan_for
+from flash_attn_sm120.dispatch import MAX_SPLITS, Plan, plan_for
 from flash_attn_sm120.problem import AttentionProblem
 
 KEYS_WORTH_A_SPLIT = 256  # fewer keys are read sooner than their parts are combined
@@ -25,6 +26,13 @@ class Splits:
     tickets: int = 0
 
 
+@lru_cache(maxsize=256)
+def decode_ways(problem: AttentionProblem) -> tuple[tuple[AttentionProblem, Plan], tuple[AttentionProblem, Plan]]:
+    """The problem as a decode of whole sequences, and of parts of them."""
+    whole, cut = (replace(problem, decode=True, split=split) for split in (False, True))
+    return (whole, plan_for("decode", whole)), (cut, plan_for("decode", cut))
+
+
 def choose_splits(
     problem: AttentionProblem,
     sms: int,
@@ -35,12 +43,13 @@ def choose_splits(
     max_seqlen_k: int,
     num_splits: int = 0,
 ) -> Splits:
-    """problem: a decode, split or not. sms: multiprocessors. q_shape: (batch, seqlen_q, heads, d), (total_q, heads, d).
+    """problem: one that the decode kernel can do. sms: multiprocessors. q_shape: (batch, seqlen_q, heads, d), or
+    (total_q, heads, d).
 
     max_seqlen_q, max_seqlen_k: upper bounds, of keys in pages the table's width times page_size. num_splits: 0 to
     choose, 1 for no split, n for up to n parts of every sequence; at most MAX_SPLITS count.
     """
-    whole, cut = (plan_for("decode", replace(problem, split=split)) for split in (False, True))
+    (_, whole), (_, cut) = decode_ways(problem)
     heads_per_kv = q_shape[-2] // heads_kv
     m_blocks = -(-max_seqlen_q * heads_per_kv // cut.tile_m)
     tiles = m_blocks * batch
