@@ -164,10 +164,12 @@ def what_is_wrong_on_one_rank_is_an_error_on_every_one():
         return zigzag_attention_varlen(*tensors, seqlens, **options)
 
     on_meta = [x.to("meta") for x in (q, k, v)]
+    learned = k.clone().requires_grad_()
+    shorter = [x[:-1] for x in (q, k, v)]
     half = [x.half() for x in (q, k, v)]
     batch = [x[None] for x in (q, k, v)]
     for kind, text, call in (
-        (ValueError, "16 tokens, those of rank 2", lambda: zigzag(*([x[:-1] for x in (q, k, v)] if wrong else (q, k, v)))),
+        (ValueError, "16 tokens, those of rank 2", lambda: zigzag(*(shorter if wrong else (q, k, v)))),
         (ValueError, "v: expected shape (15, 2", lambda: zigzag(q, k[:-1] if wrong else k, v)),
         (TypeError, "dtype: expected bfloat16 on every rank", lambda: zigzag(*(half if wrong else (q, k, v)))),
         (ValueError, "seqlens: expected", lambda: zigzag(q, k, v, seqlens=(63, 1) if wrong else (64,))),
@@ -180,13 +182,12 @@ def what_is_wrong_on_one_rank_is_an_error_on_every_one():
         (ValueError, "sink: expected", lambda: zigzag(q, k, v, learnable_sink=q[0, :, 0] if wrong else None)),
         (ValueError, "pieces: expected a number that divides", lambda: zigzag(q, k, v, pieces=3 if wrong else 2)),
         (ValueError, "pieces: expected", lambda: zigzag(q, k, v, pieces=1 if wrong else 2)),
-        (TypeError, "call: expected", lambda: (ring_attention_varlen if wrong else zigzag_attention_varlen)(q, k, v, [64])),
+        (TypeError, "call: expected", lambda: (ring_attention_varlen if wrong else zigzag)(q, k, v, seqlens=[64])),
         (TypeError, "seqlens: expected a list", lambda: zigzag(q, k, v, seqlens=torch.tensor([64]))),
-        (NotImplementedError, "no gradient", lambda: zigzag(q, k.requires_grad_() if wrong else k, v)),
+        (NotImplementedError, "no gradient", lambda: zigzag(q, learned if wrong else k, v)),
         (TypeError, "k: expected", lambda: zigzag(q, 7 if wrong else k, v)),
     ):  # fmt: skip
         problems.append(raises_everywhere(kind, text, call))
-        k = k.detach()
     total = torch.tensor([16 * size], dtype=torch.int32)
     for kind, text, call in (
         (TypeError, "cp_tot_seqused_k: expected", lambda: decode(q, k, v, total.long() if wrong else total)),
@@ -210,7 +211,7 @@ def a_rings_memory_does_not_grow_with_the_ranks():
     peaks = {}
     for size in (3, 4):
         seqlens = (256 * size,)
-        group, rank = members(size)
+        group, _ = members(size)
         if group is None:
             continue
         q, k, v = (rand(256, heads, 64) for heads in (2, 2, 2))
@@ -231,17 +232,16 @@ def a_rank_that_is_gone_is_an_error_on_the_others():
     for function, options in ((zigzag_attention_varlen, {}), (ring_attention_varlen, {"check_ranks": False})):
         try:
             function(q, k, v, [64], **options)
-        except RuntimeError as error:
-            assert "expected" not in str(error)
-        else:
-            raise AssertionError(f"{function.__name__} went on without a rank")
+        except RuntimeError:
+            continue
+        raise AssertionError(f"{function.__name__} went on without a rank")
 
 
 def main():
     rank, size, folder = int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3])
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=size, timeout=TIMEOUT)
-    GROUPS.update({count: dist.new_group(list(range(count))) for count in range(1, size)}, **{})
+    GROUPS.update({count: dist.new_group(list(range(count))) for count in range(1, size)})
     GROUPS[size] = dist.group.WORLD
     failed = {}
     with launches_on_cpu(stand_in.load):
