@@ -36,17 +36,17 @@ def agreed(ranks: Ranks, checked: bool, prepare: Callable[[], T]) -> T:
     """prepare(), which checks this rank's arguments; raises on all ranks where it raises on one, or where their
     messages differ. checked=False: prepare() alone, nobody is asked."""
     checks.check_flag("check_ranks", checked)
-    own, error = None, None
+    own: T | Exception
     try:
         own = prepare()
     except Exception as raised:  # whatever it is, the other ranks mustn't wait for this one
-        error = raised
+        own = raised
     if checked and ranks.world_size > 1:
-        answers = exchange(ranks, {"error": failure(error)} if error else own.message)
-        if error is None:
+        answers = exchange(ranks, {"error": failure(own)} if isinstance(own, Exception) else own.message)
+        if not isinstance(own, Exception):
             compare(answers)
-    if error is not None:
-        raise error
+    if isinstance(own, Exception):
+        raise own
     return own
 
 

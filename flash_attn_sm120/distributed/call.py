@@ -6,7 +6,7 @@ import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -14,6 +14,16 @@ from flash_attn_sm120 import checks as forms
 from flash_attn_sm120.distributed import checks
 from flash_attn_sm120.distributed.layout import Zigzag
 from flash_attn_sm120.distributed.ranks import Ranks
+
+
+class Options(NamedTuple):
+    """As they came."""
+
+    softmax_scale: Any
+    causal: Any
+    window_size: Any
+    softcap: Any
+    learnable_sink: Any
 
 
 @dataclass(frozen=True)
@@ -28,17 +38,17 @@ class ZigzagCall:
 
 
 def packed_call(
-    name: str, ranks: Ranks, q: Any, k: Any, v: Any, seqlens: Any, pieces: Any, options: dict[str, Any]
+    name: str, ranks: Ranks, q: Any, k: Any, v: Any, seqlens: Any, pieces: Any, options: Options
 ) -> ZigzagCall:
-    """options: softmax_scale, causal, window_size, softcap and learnable_sink as they came. Raises for this rank."""
+    """Raises what is wrong on this rank."""
     layout = Zigzag(checks.check_seqlens(seqlens), ranks.world_size)
     checks.check_tokens(q, k, v, layout, ranks.rank)
     ring = name == "ring_attention"
-    own = checks.check_options(q, ring=ring, **options)
+    own = checks.check_options(q, *options, ring=ring)
     ranks.check_device(q.device)
     row_bytes = (k.shape[-1] + v.shape[-1]) * k.element_size()
     pieces = checks.check_pieces(pieces, k.shape[1], layout.most_tokens * row_bytes)
-    message = {"call": name, "dtype": forms.DTYPE_NAMES[q.dtype], "device": q.device.type}
+    message: dict[str, Any] = {"call": name, "dtype": forms.DTYPE_NAMES[q.dtype], "device": q.device.type}
     message |= {"heads": q.shape[1], "heads_kv": k.shape[1], "head_dim": q.shape[2], "head_dim_v": v.shape[2]}
     message |= {"seqlens": in_short(layout.seqlens), "pieces": pieces, **own}
     causal = own["mask"] != "full"
@@ -49,12 +59,12 @@ def packed_call(
 
 
 def batch_call(
-    name: str, ranks: Ranks, q: Any, k: Any, v: Any, seqlen: Any, pieces: Any, options: dict[str, Any]
+    name: str, ranks: Ranks, q: Any, k: Any, v: Any, seqlen: Any, pieces: Any, options: Options
 ) -> ZigzagCall:
     """The same for q, k and v (batch, seqlen_local, heads, head_dim)."""
     checks.check_batch(q, k, v)
     seqlens = (checks.whole_seqlen(q, seqlen, ranks.world_size),) * q.shape[0]
-    return packed_call(name, ranks, *map(packed, (q, k, v)), seqlens, pieces, options)
+    return packed_call(name, ranks, packed(q), packed(k), packed(v), seqlens, pieces, options)
 
 
 def packed(x: torch.Tensor) -> torch.Tensor:

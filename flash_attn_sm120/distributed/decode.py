@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 
@@ -74,7 +74,7 @@ def decode_context_parallel(
     Raises as zigzag_attention does.
     """
     ranks = ranks_of(group)
-    given = {"cu_seqlens_q": cu_seqlens_q, "max_seqlen_q": max_seqlen_q, "max_seqlen_k": max_seqlen_k}
+    given: dict[str, Any] = {"cu_seqlens_q": cu_seqlens_q, "max_seqlen_q": max_seqlen_q, "max_seqlen_k": max_seqlen_k}
     given |= {"page_table": page_table, "softmax_scale": softmax_scale, "causal": causal, "window_size": window_size}
     given |= {"softcap": softcap, "alibi_slopes": alibi_slopes, "k_descale": k_descale, "v_descale": v_descale}
     given |= {"num_splits": num_splits}
@@ -85,7 +85,7 @@ def decode_context_parallel(
     out, lse = flash_attn_combine(
         parts, lses.mT, out_dtype=q.dtype, cu_seqlens=cu_seqlens_q, learnable_sink=learnable_sink
     )
-    return out, lse.mT
+    return out, cast(torch.Tensor, lse).mT
 
 
 def _part(ranks: Ranks, q: Any, k: Any, v: Any, total: Any, sink: torch.Tensor | None, given: dict[str, Any]) -> Part:
@@ -94,15 +94,22 @@ def _part(ranks: Ranks, q: Any, k: Any, v: Any, total: Any, sink: torch.Tensor |
         refuse("cp_tot_seqused_k", "int32 of shape (batch,)", describe(total), TypeError)
     if not isinstance(q, torch.Tensor):
         refuse("q", "a torch.Tensor", describe(q), TypeError)
+    if total.dim() != 1 or total.device != q.device:
+        refuse("cp_tot_seqused_k", f"int32 of shape (batch,) on {q.device} as q", describe(total))
     ranks.check_device(q.device)
     count, rank = ranks.world_size, ranks.rank
-    spread = {"cp_world_size": count, "cp_rank": rank, "cp_tot_seqused_k": total} if count > 1 else {}
-    if count > 1 and sink is not None:
-        check_sink(sink, q.shape[-2], q.device)  # which only the combine gets
-    own_sink = {"learnable_sink": sink} if count == 1 else {}
+    spread: dict[str, Any] = {"learnable_sink": sink}
+    if count > 1:
+        spread = {"cp_world_size": count, "cp_rank": rank, "cp_tot_seqused_k": total}
+        if q.dim() > 1:
+            check_sink(sink, q.shape[-2], q.device)  # which only the combine gets
     used = (total + (count - 1 - rank)) // count
-    out, lse = flash_attn_varlen_func(q, k, v, seqused_k=used.int(), return_lse=True, **given, **spread, **own_sink)
-    message = {"call": "decode_context_parallel", "dtype": checks.DTYPE_NAMES[q.dtype], "device": q.device.type}
+    out, lse = flash_attn_varlen_func(q, k, v, seqused_k=used.int(), return_lse=True, **given, **spread)
+    message: dict[str, Any] = {
+        "call": "decode_context_parallel",
+        "dtype": checks.DTYPE_NAMES[q.dtype],
+        "device": q.device.type,
+    }
     message |= {"q": list(q.shape), "heads_kv": k.shape[-2], "head_dim_v": v.shape[-1]}
     scale, softcap = checks.check_softmax_scale(given["softmax_scale"], q.shape[-1]), given["softcap"] or 0.0
     mask = list(checks.check_mask(given["causal"], given["window_size"]))

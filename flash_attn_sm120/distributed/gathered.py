@@ -13,7 +13,7 @@ import torch
 
 from flash_attn_sm120.distributed import rows
 from flash_attn_sm120.distributed.agreement import agreed
-from flash_attn_sm120.distributed.call import ZigzagCall, batch_call, packed, packed_call, unpacked
+from flash_attn_sm120.distributed.call import Options, ZigzagCall, batch_call, packed, packed_call, unpacked
 from flash_attn_sm120.distributed.layout import Zigzag
 from flash_attn_sm120.distributed.ranks import Ranks, all_gather_single, ranks_of
 from flash_attn_sm120.distributed.shards import rows_of_ranks
@@ -69,11 +69,10 @@ def zigzag_attention(
     error of the backend, at the latest after the group's timeout.
     """
     ranks = ranks_of(group)
-    options = {"softmax_scale": softmax_scale, "causal": causal, "window_size": window_size}
-    options |= {"softcap": softcap, "learnable_sink": learnable_sink}
+    options = Options(softmax_scale, causal, window_size, softcap, learnable_sink)
     call = agreed(ranks, check_ranks, lambda: batch_call("zigzag_attention", ranks, q, k, v, seqlen, pieces, options))
-    out, lse = attention(ranks, *map(packed, (q, k, v)), learnable_sink, call)
-    return unpacked(out, lse, *q.shape[:2])
+    out, lse = attention(ranks, packed(q), packed(k), packed(v), learnable_sink, call)
+    return unpacked(out, lse, q.shape[0], q.shape[1])
 
 
 def zigzag_attention_varlen(
@@ -100,8 +99,7 @@ def zigzag_attention_varlen(
     Returns (out, lse): (tokens, heads, head_dim_v) and float32 (heads, tokens). The rest as in zigzag_attention.
     """
     ranks = ranks_of(group)
-    options = {"softmax_scale": softmax_scale, "causal": causal, "window_size": window_size}
-    options |= {"softcap": softcap, "learnable_sink": learnable_sink}
+    options = Options(softmax_scale, causal, window_size, softcap, learnable_sink)
     call = agreed(ranks, check_ranks, lambda: packed_call("zigzag_attention", ranks, q, k, v, seqlens, pieces, options))
     return attention(ranks, q, k, v, learnable_sink, call)
 

@@ -13,7 +13,7 @@ import torch.distributed as dist
 
 from flash_attn_sm120.distributed import gathered, rows
 from flash_attn_sm120.distributed.agreement import agreed
-from flash_attn_sm120.distributed.call import ZigzagCall, batch_call, packed, packed_call, unpacked
+from flash_attn_sm120.distributed.call import Options, ZigzagCall, batch_call, packed, packed_call, unpacked
 from flash_attn_sm120.distributed.layout import Zigzag
 from flash_attn_sm120.distributed.merge import add_sink, merge
 from flash_attn_sm120.distributed.ranks import Ranks, ranks_of
@@ -43,11 +43,10 @@ def ring_attention(
     windows and pieces.
     """
     ranks = ranks_of(group)
-    options = {"softmax_scale": softmax_scale, "causal": causal, "window_size": (-1, -1)}
-    options |= {"softcap": softcap, "learnable_sink": learnable_sink}
+    options = Options(softmax_scale, causal, (-1, -1), softcap, learnable_sink)
     call = agreed(ranks, check_ranks, lambda: batch_call("ring_attention", ranks, q, k, v, seqlen, None, options))
-    out, lse = attention(ranks, *map(packed, (q, k, v)), learnable_sink, call)
-    return unpacked(out, lse, *q.shape[:2])
+    out, lse = attention(ranks, packed(q), packed(k), packed(v), learnable_sink, call)
+    return unpacked(out, lse, q.shape[0], q.shape[1])
 
 
 def ring_attention_varlen(
@@ -66,8 +65,7 @@ def ring_attention_varlen(
     """ring_attention for packed sequences of different lengths: q, k, v, seqlens and results as in
     zigzag_attention_varlen."""
     ranks = ranks_of(group)
-    options = {"softmax_scale": softmax_scale, "causal": causal, "window_size": (-1, -1)}
-    options |= {"softcap": softcap, "learnable_sink": learnable_sink}
+    options = Options(softmax_scale, causal, (-1, -1), softcap, learnable_sink)
     call = agreed(ranks, check_ranks, lambda: packed_call("ring_attention", ranks, q, k, v, seqlens, None, options))
     return attention(ranks, q, k, v, learnable_sink, call)
 

@@ -34,7 +34,7 @@ def places(layout: Zigzag, rank: int, device: torch.device) -> Places:
     chunks = layout.chunks(rank)
     sizes = [[len(pair[group]) for pair in chunks] for group in range(2)]
     together = [early + late for early, late in zip(*sizes, strict=True)]
-    marks = tuple(_marks(lengths, device) for lengths in (*sizes, together))
+    marks = (_marks(sizes[0], device), _marks(sizes[1], device), _marks(together, device))
     early_rows = sum(sizes[0])
     if len(chunks) == 1:
         return Places(early_rows, None, None, marks)
