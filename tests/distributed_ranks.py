@@ -1,8 +1,9 @@
-"""One of several processes on gloo, with CPU tensors that the reference computes: what test_distributed.py starts.
+"""One of several processes on gloo, with CPU tensors that the reference or the simulator computes.
 
     python tests/distributed_ranks.py RANK WORLD_SIZE FOLDER
 
-Runs every case below on every rank and writes what failed to FOLDER/RANK.json. The last case ends the last rank.
+What test_distributed.py starts. Runs every case below on every rank and writes what failed to FOLDER/RANK.json. The
+last case ends the last rank.
 """
 
 import json
@@ -30,6 +31,7 @@ from flash_attn_sm120.distributed import (
 )
 from flash_attn_sm120.launchers import launches_on_cpu
 from flash_attn_sm120.matrix import LSE_SLACK, largest_difference
+from flash_attn_sm120.simulator import simulate
 
 CASES = []
 GROUPS = {}  # of each size, the first ranks
@@ -82,7 +84,7 @@ def zigzag_varlen_is_attention_over_whole_sequences():
             own = [shard_varlen(x, seqlens, rank, size) for x in (q, k, v)]
             for ring, options in (
                 (False, {"pieces": 4}),
-                (False, {"window_size": (20, 0), "softcap": 3.0, "learnable_sink": sink, "pieces": 1}),
+                (False, {"window_size": (20, 0), "softcap": 3.0, "learnable_sink": sink, "pieces": 2}),
                 (False, {"causal": False, "softmax_scale": 0.3}),
                 (True, {}),
                 (True, {"causal": False, "softcap": 3.0, "learnable_sink": sink, "check_ranks": False}),
@@ -220,6 +222,23 @@ def a_rings_memory_does_not_grow_with_the_ranks():
     if dist.get_rank() < 3:
         assert peaks["ring", 4] <= peaks["ring", 3], peaks
         assert peaks["zigzag", 4] > peaks["zigzag", 3] + 256 * 2 * 128, peaks
+
+
+@case
+def the_kernels_give_the_same_in_the_simulator():
+    """Two ranks: K and V in rows beside each other, heads in pieces, results written in place."""
+    seqlens = [75]
+    q, k, v = (rand(75, heads, 64) for heads in (4, 2, 2))
+    token, total = rand(1, 1, 4, 64), torch.tensor(seqlens, dtype=torch.int32)
+    group, rank = members(2)
+    if group is None:
+        return
+    own = [shard_varlen(x, seqlens, rank, 2) for x in (q, k, v)]
+    with simulate("sm_120a"):
+        for function, options in ((zigzag_attention_varlen, {"pieces": 2}), (ring_attention_varlen, {})):
+            assert_own(function(*own, seqlens, group, **options), q, k, v, seqlens, rank, 2, causal=True)
+        found = decode_context_parallel(token, k[None, rank::2], v[None, rank::2], total, group)
+    assert_result(*found, token, k[None], v[None], causal=True)
 
 
 @case
