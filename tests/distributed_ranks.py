@@ -166,6 +166,7 @@ def what_is_wrong_on_one_rank_is_an_error_on_every_one():
         return zigzag_attention_varlen(*tensors, seqlens, **options)
 
     on_meta = [x.to("meta") for x in (q, k, v)]
+    float8 = [x.to(torch.float8_e4m3fn) for x in (k, v)]
     learned = k.clone().requires_grad_()
     shorter = [x[:-1] for x in (q, k, v)]
     half = [x.half() for x in (q, k, v)]
@@ -188,6 +189,8 @@ def what_is_wrong_on_one_rank_is_an_error_on_every_one():
         (TypeError, "seqlens: expected a list", lambda: zigzag(q, k, v, seqlens=torch.tensor([64]))),
         (NotImplementedError, "no gradient", lambda: zigzag(q, learned if wrong else k, v)),
         (TypeError, "k: expected", lambda: zigzag(q, 7 if wrong else k, v)),
+        (NotImplementedError, "k: expected bfloat16 as q", lambda: zigzag(q, *(float8 if wrong else (k, v)))),
+        (TypeError, "check_ranks: expected", lambda: zigzag(q, k, v, check_ranks=1 if wrong else True)),
     ):  # fmt: skip
         problems.append(raises_everywhere(kind, text, call))
     total = torch.tensor([16 * size], dtype=torch.int32)
@@ -198,7 +201,6 @@ def what_is_wrong_on_one_rank_is_an_error_on_every_one():
     ):
         problems.append(raises_everywhere(kind, text, call))
     problems.append(raises_everywhere(TypeError, "group: expected", lambda: zigzag(q, k, v, group=7)))
-    problems.append(raises_everywhere(TypeError, "check_ranks: expected", lambda: zigzag(q, k, v, check_ranks=1)))
     assert not any(problems), [text for text in problems if text]
     assert zigzag(q, k, v)[0].shape == q.shape  # and they are still in step
 

@@ -126,7 +126,8 @@ def test_a_group_sends_what_it_has_a_backend_for():
             continue
         with pytest.raises(ValueError, match=f"group: expected a backend that sends {device} tensors"):
             ranks.check_device(torch.device(device))
-    assert both.talk_device == gloo.talk_device == torch.device("cpu")
+    assert both.talk_device(X) == gloo.talk_device(7) == torch.device("cpu")
+    assert Ranks(None, 0, 2, {"meta": "other"}).talk_device(X.to("meta")) == torch.device("meta")
 
 
 def test_ranks_on_different_devices_are_told():

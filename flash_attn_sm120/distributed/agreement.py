@@ -32,17 +32,18 @@ class Described(Protocol):
 T = TypeVar("T", bound=Described)
 
 
-def agreed(ranks: Ranks, checked: bool, prepare: Callable[[], T]) -> T:
+def agreed(ranks: Ranks, checked: bool, q: Any, prepare: Callable[[], T]) -> T:
     """prepare(), which checks this rank's arguments; raises on all ranks where it raises on one, or where their
-    messages differ. checked=False: prepare() alone, nobody is asked."""
-    checks.check_flag("check_ranks", checked)
+    messages differ. checked=False: prepare() alone, nobody is asked. q: as it came, on the device to speak over."""
     own: T | Exception
     try:
+        checks.check_flag("check_ranks", checked)
         own = prepare()
     except Exception as raised:  # whatever it is, the other ranks mustn't wait for this one
         own = raised
-    if checked and ranks.world_size > 1:
-        answers = exchange(ranks, {"error": failure(own)} if isinstance(own, Exception) else own.message)
+    if checked is not False and ranks.world_size > 1:
+        message = {"error": failure(own)} if isinstance(own, Exception) else own.message
+        answers = exchange(ranks, message, ranks.talk_device(q))
         if not isinstance(own, Exception):
             compare(answers)
     if isinstance(own, Exception):
@@ -50,12 +51,11 @@ def agreed(ranks: Ranks, checked: bool, prepare: Callable[[], T]) -> T:
     return own
 
 
-def exchange(ranks: Ranks, own: dict[str, Any]) -> list[dict[str, Any]]:
+def exchange(ranks: Ranks, own: dict[str, Any], device: torch.device) -> list[dict[str, Any]]:
     """What each rank says; waits for all of them."""
     text = json.dumps(own).encode()
     message = torch.zeros(MESSAGE_BYTES, dtype=torch.uint8)
     message[: len(text)] = torch.frombuffer(bytearray(text), dtype=torch.uint8)
-    device = ranks.talk_device
     with Side(device):  # beside the caller's stream, whose work isn't waited for
         messages = torch.empty(ranks.world_size * MESSAGE_BYTES, dtype=torch.uint8, device=device)
         all_gather_single(messages, message.to(device), group=ranks.group)

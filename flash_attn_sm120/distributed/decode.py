@@ -78,7 +78,7 @@ def decode_context_parallel(
     given |= {"page_table": page_table, "softmax_scale": softmax_scale, "causal": causal, "window_size": window_size}
     given |= {"softcap": softcap, "alibi_slopes": alibi_slopes, "k_descale": k_descale, "v_descale": v_descale}
     given |= {"num_splits": num_splits}
-    part = agreed(ranks, check_ranks, lambda: _part(ranks, q, k, v, cp_tot_seqused_k, learnable_sink, given))
+    part = agreed(ranks, check_ranks, q, lambda: _part(ranks, q, k, v, cp_tot_seqused_k, learnable_sink, given))
     if ranks.world_size == 1:
         return part.out, part.lse
     parts, lses = _of_all(ranks, part)

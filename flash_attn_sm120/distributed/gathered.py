@@ -70,7 +70,9 @@ def zigzag_attention(
     """
     ranks = ranks_of(group)
     options = Options(softmax_scale, causal, window_size, softcap, learnable_sink)
-    call = agreed(ranks, check_ranks, lambda: batch_call("zigzag_attention", ranks, q, k, v, seqlen, pieces, options))
+    call = agreed(
+        ranks, check_ranks, q, lambda: batch_call("zigzag_attention", ranks, q, k, v, seqlen, pieces, options)
+    )
     out, lse = attention(ranks, packed(q), packed(k), packed(v), learnable_sink, call)
     return unpacked(out, lse, q.shape[0], q.shape[1])
 
@@ -100,7 +102,9 @@ def zigzag_attention_varlen(
     """
     ranks = ranks_of(group)
     options = Options(softmax_scale, causal, window_size, softcap, learnable_sink)
-    call = agreed(ranks, check_ranks, lambda: packed_call("zigzag_attention", ranks, q, k, v, seqlens, pieces, options))
+    call = agreed(
+        ranks, check_ranks, q, lambda: packed_call("zigzag_attention", ranks, q, k, v, seqlens, pieces, options)
+    )
     return attention(ranks, q, k, v, learnable_sink, call)
 
 

@@ -23,11 +23,13 @@ class Ranks:
     world_size: int
     backends: dict[str, str]
 
-    @property
-    def talk_device(self) -> torch.device:
-        """Where small messages lie: on the CPU if the group has a backend for it, so that no GPU is waited for."""
+    def talk_device(self, q: Any) -> torch.device:
+        """Where small messages lie: on the CPU if the group has a backend for it, so that no GPU is waited for, else on
+        q's GPU."""
         if "cpu" in self.backends:
             return torch.device("cpu")
+        if isinstance(q, torch.Tensor) and q.device.type in self.backends:
+            return q.device
         kind = next(iter(self.backends))
         return torch.device(kind, torch.cuda.current_device()) if kind == "cuda" else torch.device(kind)
 

@@ -44,7 +44,7 @@ def ring_attention(
     """
     ranks = ranks_of(group)
     options = Options(softmax_scale, causal, (-1, -1), softcap, learnable_sink)
-    call = agreed(ranks, check_ranks, lambda: batch_call("ring_attention", ranks, q, k, v, seqlen, None, options))
+    call = agreed(ranks, check_ranks, q, lambda: batch_call("ring_attention", ranks, q, k, v, seqlen, None, options))
     out, lse = attention(ranks, packed(q), packed(k), packed(v), learnable_sink, call)
     return unpacked(out, lse, q.shape[0], q.shape[1])
 
@@ -66,7 +66,7 @@ def ring_attention_varlen(
     zigzag_attention_varlen."""
     ranks = ranks_of(group)
     options = Options(softmax_scale, causal, (-1, -1), softcap, learnable_sink)
-    call = agreed(ranks, check_ranks, lambda: packed_call("ring_attention", ranks, q, k, v, seqlens, None, options))
+    call = agreed(ranks, check_ranks, q, lambda: packed_call("ring_attention", ranks, q, k, v, seqlens, None, options))
     return attention(ranks, q, k, v, learnable_sink, call)
 
 
