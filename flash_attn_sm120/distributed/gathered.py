@@ -148,8 +148,12 @@ def gathered(ranks: Ranks, k: torch.Tensor, v: torch.Tensor, layout: Zigzag, pie
         yield slice(0, k.shape[1]), k, v
         return
     heads, order = k.shape[1] // pieces, rows_of_ranks(layout, k.device)
-    sent, whole = ([rows.room(k, v, count, heads) for _ in range(min(pieces, 2))] for count in _sizes(layout))
-    received = [rows.room(k, v, layout.most_tokens * ranks.world_size, heads) for _ in sent]
+
+    def rooms(tokens: int) -> list[torch.Tensor]:
+        return [rows.room(k, v, tokens, heads) for _ in range(min(pieces, 2))]
+
+    sent, received = rooms(layout.most_tokens), rooms(layout.most_tokens * ranks.world_size)
+    whole = rooms(layout.total)
     side = Side(k.device)
     began = side.mark()
 
@@ -175,8 +179,3 @@ def gathered(ranks: Ranks, k: torch.Tensor, v: torch.Tensor, layout: Zigzag, pie
         own = slice(piece * heads, (piece + 1) * heads)
         yield own, *rows.split(whole[piece % 2], heads, k.shape[-1], v.shape[-1])
         used.append(side.mark())
-
-
-def _sizes(layout: Zigzag) -> tuple[int, int]:
-    """Rows that a rank sends, and those of whole sequences."""
-    return layout.most_tokens, layout.total
