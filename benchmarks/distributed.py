@@ -198,13 +198,18 @@ def under(kernels: list[dict]) -> dict[str, float]:
         sends = "nccl" in event["name"].lower()
         if sends or re.search("flash_attn_sm120|dual_?group", event["name"], re.IGNORECASE):
             spans[sends].append((event["ts"], event["ts"] + event["dur"]))
-    both = sum(max(0.0, min(end, b) - max(start, a)) for start, end in spans[True] for a, b in spans[False])
+    attention: list[tuple[float, float]] = []  # what overlaps is counted once
+    for start, end in sorted(spans[False]):
+        if attention and start <= attention[-1][1]:
+            start, end = attention[-1][0], max(attention.pop()[1], end)
+        attention.append((start, end))
+    both = sum(max(0.0, min(end, b) - max(start, a)) for start, end in spans[True] for a, b in attention)
     sending = sum(end - start for start, end in spans[True])
     every = [time for pair in spans.values() for span in pair for time in span] or [0.0]
     return {
         "nccl_ms": sending / 1e3,
         "share_under_attention": both / sending if sending else 0.0,
-        "attention_ms": sum(b - a for a, b in spans[False]) / 1e3,
+        "attention_ms": sum(b - a for a, b in attention) / 1e3,
         "first_to_last_ms": (max(every) - min(every)) / 1e3,
         "nccl_kernels": len(spans[True]),
     }

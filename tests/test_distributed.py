@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -145,6 +146,16 @@ def test_pieces():
     assert check_pieces(None, 8, 0) == 1 and check_pieces(None, 8, PIECE_BYTES) == 8 == MOST_PIECES
     assert check_pieces(None, 6, PIECE_BYTES // 2) == 3 and check_pieces(None, 7, PIECE_BYTES // 2) == 1
     assert check_pieces(6, 12, 1) == 6
+
+
+def test_the_benchmark_counts_what_runs_under_attention():
+    under = runpy.run_path(str(HERE.parent / "benchmarks" / "distributed.py"))["under"]
+    ours = "kernel_cutlass_kernel_flash_attn_sm120kernelsdual_group"
+    spans = [("ncclDevKernel_SendRecv", 0, 10), (ours, 5, 4), (ours, 6, 2), ("ncclAllGather", 20, 10), (ours, 15, 30)]
+    spans += [("elementwise", 0, 100)]
+    found = under([{"name": name, "ts": start, "dur": length} for name, start, length in spans])
+    assert found["share_under_attention"] == 14 / 20 and found["nccl_kernels"] == 2
+    assert found["attention_ms"] == 0.034 and found["first_to_last_ms"] == 0.045
 
 
 def test_merge_is_attention_over_both_parts():
