@@ -43,8 +43,7 @@ def packed_call(
     """Raises what is wrong on this rank."""
     layout = Zigzag(checks.check_seqlens(seqlens), ranks.world_size)
     checks.check_tokens(q, k, v, layout, ranks.rank)
-    ring = name == "ring_attention"
-    own = checks.check_options(q, *options, ring=ring)
+    own = checks.check_options(q, *options)
     ranks.check_device(q.device)
     row_bytes = (k.shape[-1] + v.shape[-1]) * k.element_size()
     pieces = checks.check_pieces(pieces, k.shape[1], layout.most_tokens * row_bytes)

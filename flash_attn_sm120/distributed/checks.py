@@ -76,7 +76,7 @@ def _check_packed(q: Any, k: Any, v: Any) -> None:
 
 
 def check_options(
-    q: torch.Tensor, softmax_scale: Any, causal: Any, window_size: Any, softcap: Any, learnable_sink: Any, ring: bool
+    q: torch.Tensor, softmax_scale: Any, causal: Any, window_size: Any, softcap: Any, learnable_sink: Any
 ) -> dict[str, Any]:
     """What all ranks have to agree on, of the options."""
     mask, left, right = checks.check_mask(causal, window_size)
@@ -84,11 +84,8 @@ def check_options(
     softcap = checks.check_softcap(softcap)
     check_sink(learnable_sink, q.shape[-2], q.device)
     checks.check_forward_only({"learnable_sink": learnable_sink})
-    if mask == "local":
-        if ring:
-            refuse("window_size", "(-1, -1) in a ring", describe(window_size), NotImplementedError)
-        if right != 0:
-            refuse("window_size", "(left, 0) or causal=True", describe(window_size), NotImplementedError)
+    if mask == "local" and right != 0:
+        refuse("window_size", "(left, 0) or causal=True", describe(window_size), NotImplementedError)
     launchers.check_device(q.device)
     sink = None if learnable_sink is None else str(learnable_sink.dtype)
     return {"softmax_scale": scale, "softcap": softcap, "mask": mask, "window_size": [left, right], "sink": sink}
