@@ -174,17 +174,20 @@ def overlap(tokens: int, rank: int, world: int) -> dict[str, dict[str, float]]:
     own = [shard(x, rank, world) for x in qkv(tokens)]
     found = {}
     for way, function in WAYS.items():
-        function(*own, check_ranks=False)
-        torch.cuda.synchronize()
-        dist.barrier()
         activities = [torch.profiler.ProfilerActivity.CUDA, torch.profiler.ProfilerActivity.CPU]
         with torch.profiler.profile(activities=activities) as profile:
+            # The profiler itself takes its time to begin, on each rank another.
             function(*own, check_ranks=False)
+            dist.barrier()
             torch.cuda.synchronize()
+            with torch.profiler.record_function("measured"):
+                function(*own, check_ranks=False)
+                torch.cuda.synchronize()
         with tempfile.TemporaryDirectory() as folder:
             profile.export_chrome_trace(f"{folder}/trace.json")
             events = json.loads(Path(folder, "trace.json").read_text())["traceEvents"]
-        kernels = [event for event in events if event.get("cat") == "kernel"]
+        begin = min(event["ts"] for event in events if event.get("name") == "measured")
+        kernels = [event for event in events if event.get("cat") == "kernel" and event["ts"] >= begin]
         found[way] = under(kernels)
         if rank == 0 and not found[way]["nccl_ms"]:
             print("no NCCL kernel among", sorted({event["name"][:60] for event in kernels}), flush=True)
@@ -295,10 +298,10 @@ def plot(found: dict, path: Path) -> None:
     figure.savefig(path, dpi=160)
 
 
-def measure(tokens: int, local: int) -> dict[str, Any]:
+def measure(tokens: int, local: int, options: Any = None) -> dict[str, Any]:
     rank, world = dist.get_rank(), dist.get_world_size()
     worlds = [count for count in (1, 2, 4, 8) if count <= world]
-    groups = {count: dist.new_group(list(range(count))) for count in worlds}
+    groups = {count: dist.new_group(list(range(count)), pg_options=options) for count in worlds}
     found: dict[str, Any] = {"device": torch.cuda.get_device_name(local), "torch": torch.__version__, "world": world}
     began = time.perf_counter()
     steps: dict[str, Callable[[], Any]] = {
@@ -320,6 +323,7 @@ def measure(tokens: int, local: int) -> dict[str, Any]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tokens", type=int, default=131072)
+    parser.add_argument("--high-priority", action="store_true", help="NCCL's kernels go before others")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--markdown", type=Path)
     parser.add_argument("--plot", nargs=2, type=Path, metavar=("JSON", "PNG"))
@@ -327,10 +331,11 @@ def main() -> None:
     if arguments.plot:
         plot(json.loads(arguments.plot[0].read_text()), arguments.plot[1])
         return
-    dist.init_process_group("nccl", timeout=timedelta(seconds=120))
+    options = dist.ProcessGroupNCCL.Options(is_high_priority_stream=arguments.high_priority)
+    dist.init_process_group("nccl", timeout=timedelta(seconds=120), pg_options=options)
     local = dist.get_rank() % torch.cuda.device_count()
     torch.cuda.set_device(local)
-    found = measure(arguments.tokens, local)
+    found = measure(arguments.tokens, local, options)
     if dist.get_rank() == 0:
         print(table(found))
         if arguments.json:

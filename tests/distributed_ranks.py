@@ -86,8 +86,8 @@ def zigzag_varlen_is_attention_over_whole_sequences():
                 (False, {"pieces": 4}),
                 (False, {"window_size": (20, 0), "softcap": 3.0, "learnable_sink": sink, "pieces": 2}),
                 (False, {"causal": False, "softmax_scale": 0.3}),
-                (True, {}),
-                (True, {"causal": False, "softcap": 3.0, "learnable_sink": sink, "check_ranks": False}),
+                (True, {"pieces": 2}),
+                (True, {"causal": False, "softcap": 3.0, "learnable_sink": sink, "pieces": 4, "check_ranks": False}),
             ):
                 function = ring_attention_varlen if ring else zigzag_attention_varlen
                 found = function(*own, seqlens, group, **options)
@@ -237,7 +237,7 @@ def the_kernels_give_the_same_in_the_simulator():
         return
     own = [shard_varlen(x, seqlens, rank, 2) for x in (q, k, v)]
     with simulate("sm_120a"):
-        for function, options in ((zigzag_attention_varlen, {"pieces": 2}), (ring_attention_varlen, {})):
+        for function, options in ((zigzag_attention_varlen, {"pieces": 2}), (ring_attention_varlen, {"pieces": 2})):
             assert_own(function(*own, seqlens, group, **options), q, k, v, seqlens, rank, 2, causal=True)
         found = decode_context_parallel(token, k[None, rank::2], v[None, rank::2], total, group)
     assert_result(*found, token, k[None], v[None], causal=True)

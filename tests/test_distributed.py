@@ -14,7 +14,7 @@ import torch
 from flash_attn_sm120.distributed import agreement, shard, shard_varlen, unshard, unshard_varlen
 from flash_attn_sm120.distributed.checks import MOST_PIECES, PIECE_BYTES, check_pieces
 from flash_attn_sm120.distributed.layout import Zigzag
-from flash_attn_sm120.distributed.merge import add_sink, merge
+from flash_attn_sm120.distributed.merge import Total
 from flash_attn_sm120.distributed.ranks import Ranks, ranks_of
 from flash_attn_sm120.distributed.shards import positions, rows_of_ranks
 
@@ -168,9 +168,12 @@ def test_merge_is_attention_over_both_parts():
     weights = torch.softmax(torch.cat((lses, sink.float()[None, :, None].expand(1, -1, rows))).double(), 0)
     expected = (weights[:3].mT[..., None] * outs.double()).sum(0)
     expected_lse = torch.logsumexp(torch.cat((lses, sink.float()[None, :, None].expand(1, -1, rows))), 0)
-    out, lse = outs[0].clone(), lses[0].clone()
-    for other, other_lse in zip(outs[1:], lses[1:], strict=True):
-        merge(out, lse, other, other_lse)
-    assert (lse[0, :9] == -math.inf).all() and (out[:9, 0] == 0.0).all()
-    add_sink(out, lse, sink)
+    total = Total(outs[0])
+    total.out.fill_(math.nan)
+    for i in range(3):
+        total.add(outs[i, :100], lses[i, :, :100], anew=i == 0)
+        total.add(outs[i, 100:], lses[i, :, 100:], 100, anew=i == 0)
+    assert (total.lse[0, :9] == -math.inf).all() and (total.out[:9, 0] == 0.0).all()
+    out, lse = torch.empty(rows, heads, dim), torch.empty(heads, rows)
+    total.write(out, lse, sink)
     assert (out - expected).abs().max() < 1e-5 and (lse - expected_lse).abs().max() < 1e-5

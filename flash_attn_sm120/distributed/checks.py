@@ -15,7 +15,7 @@ from flash_attn_sm120.checks_serving import check_sink
 from flash_attn_sm120.distributed.layout import Zigzag
 
 MOST_PIECES = 8
-PIECE_BYTES = 1 << 20  # from each rank, below which a collective is mostly latency
+PIECE_BYTES = 1 << 24  # from each rank, below which a piece more costs the host more than it hides
 
 
 def check_whole(name: str, value: Any, least: int) -> None:

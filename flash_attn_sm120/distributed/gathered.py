@@ -42,7 +42,8 @@ def zigzag_attention(
 
     Every rank of the group calls it with the tokens that shard(x, rank, world_size) gives it: chunks rank and
     2 * world_size - 1 - rank of each sequence. K and V of all ranks are gathered, some KV heads at a time, the next
-    ones while attention to those before runs; a rank then holds two such pieces of whole sequences twice.
+    ones while attention to those before runs; beside out a rank has a second copy of its K and V, and three such pieces
+    of whole sequences.
 
     q: (batch, seqlen_local, heads, head_dim), k: (batch, seqlen_local, heads_kv, head_dim), v: (batch, seqlen_local,
         heads_kv, head_dim_v), bfloat16 or float16; as in flash_attn_func. Ranks may differ in seqlen_local, also
@@ -55,7 +56,7 @@ def zigzag_attention(
     window_size: (left, 0), or (left, -1) beside causal: up to left tokens before itself; others raise
         NotImplementedError.
     pieces: into how many parts heads_kv is cut, which it has to be a multiple of; None: up to 8, fewer where a part
-        would be less than 1 MiB a rank.
+        would be less than 16 MiB a rank.
     check_ranks: all ranks tell one another, in a message of 2 KiB, what they have, so that what is wrong on one is an
         error on every rank. The host waits for it: for the group's CPU backend if it has one, else for a small
         collective on the GPU (not for what was launched before on the caller's stream). False: no message; then a
@@ -142,40 +143,33 @@ def attention(
 
 
 def gathered(ranks: Ranks, k: torch.Tensor, v: torch.Tensor, layout: Zigzag, pieces: int) -> Pieces:
-    """(KV heads, k, v) of the whole sequences, piece by piece; a piece's memory is used again two pieces later, after
-    what the caller launched until it asked for the next one."""
+    """(KV heads, k, v) of the whole sequences, piece by piece; valid for what the caller launches until it asks for the
+    next one."""
     if ranks.world_size == 1:
         yield slice(0, k.shape[1]), k, v
         return
     heads, order = k.shape[1] // pieces, rows_of_ranks(layout, k.device)
+    side, works = Side(k.device), []
+    received = [rows.room(k, v, layout.most_tokens * ranks.world_size, heads) for _ in range(min(pieces, 2))]
+    whole = rows.room(k, v, layout.total, heads)
+    sent = rows.in_pieces(k, v, layout.most_tokens, pieces, side)
+    used = None
 
-    def rooms(tokens: int) -> list[torch.Tensor]:
-        return [rows.room(k, v, tokens, heads) for _ in range(min(pieces, 2))]
-
-    sent, received = rooms(layout.most_tokens), rooms(layout.most_tokens * ranks.world_size)
-    whole = rooms(layout.total)
-    side = Side(k.device)
-    began = side.mark()
-
-    def start(piece: int) -> Any:
-        own = slice(piece * heads, (piece + 1) * heads)
-        rows.write(sent[piece % 2], k[:, own], v[:, own])
-        return all_gather_single(received[piece % 2], sent[piece % 2], group=ranks.group, async_op=True)
-
-    with side:
-        side.after(began)
-        # A piece ahead: the next one's collective holds its place on the GPU before attention fills it.
-        works = [start(piece) for piece in range(len(sent))]
-    used: list[Any] = []
-    for piece in range(pieces):
+    def start(piece: int) -> None:
         with side:
-            works[piece].wait()
-            side.after(used[piece - 2] if piece >= 2 else None)
-            torch.index_select(received[piece % 2], 0, order, out=whole[piece % 2])
-            ready = side.mark()
-            if piece + 2 < pieces:
-                works.append(start(piece + 2))
-        side.after(ready)
+            side.after(sent[piece].written)
+            side.after(used)
+            into = received[piece % 2]
+            works.append(all_gather_single(into, sent[piece].rows, group=ranks.group, async_op=True))
+
+    start(0)
+    for piece in range(pieces):
+        if piece + 1 < pieces:
+            # When the launch before is done and while the rows are ordered, so that the collective has its place on
+            # the GPU, on all ranks at about the same time, before attention fills it: see CONFLICTS_LOG.md, 36.
+            start(piece + 1)
+        works[piece].wait()
+        torch.index_select(received[piece % 2], 0, order, out=whole)
         own = slice(piece * heads, (piece + 1) * heads)
-        yield own, *rows.split(whole[piece % 2], heads, k.shape[-1], v.shape[-1])
-        used.append(side.mark())
+        yield own, *rows.split(whole, heads, k.shape[-1], v.shape[-1])
+        used = side.mark()

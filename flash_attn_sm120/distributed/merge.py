@@ -20,8 +20,27 @@ def merge(out: torch.Tensor, lse: torch.Tensor, other: torch.Tensor, other_lse: 
         out[some].lerp_(other[some].float(), weight[:, some].T[..., None])
 
 
-def add_sink(out: torch.Tensor, lse: torch.Tensor, sink: torch.Tensor) -> None:
-    """Each row of a head gets one more logit, sink (heads,), that has no value."""
-    total = torch.logaddexp(lse, sink.float()[:, None])
-    out *= torch.exp(lse - total).nan_to_num_(nan=0.0).T[..., None]
-    lse.copy_(total)
+class Total:
+    """Attention over more and more keys. out: (rows, heads, d) float32, lse: (heads, rows)."""
+
+    def __init__(self, part: torch.Tensor) -> None:
+        self.out = torch.empty_like(part, dtype=torch.float32)
+        self.lse = part.new_empty(part.shape[1], part.shape[0], dtype=torch.float32)
+
+    def add(self, part: torch.Tensor, lse: torch.Tensor, first: int = 0, *, anew: bool) -> None:
+        """Of part's rows, which are those from `first` on. anew: what was there before counts for nothing."""
+        rows = slice(first, first + part.shape[0])
+        if anew:
+            self.out[rows].copy_(part)
+            self.lse[:, rows].copy_(lse)
+        else:
+            merge(self.out[rows], self.lse[:, rows], part, lse)
+
+    def write(self, out: torch.Tensor, lse: torch.Tensor, sink: torch.Tensor | None) -> None:
+        """To out, of any dtype, and lse. sink: (heads,), one more logit of each row of a head, without a value."""
+        if sink is not None:
+            total = torch.logaddexp(self.lse, sink.float()[:, None])
+            self.out *= torch.exp(self.lse - total).nan_to_num_(nan=0.0).T[..., None]
+            self.lse.copy_(total)
+        out.copy_(self.out)
+        lse.copy_(self.lse)

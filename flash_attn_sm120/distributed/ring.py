@@ -5,7 +5,8 @@ Source: Liu, Zaharia and Abbeel, Ring Attention (2023); with zigzag chunks: Zhu,
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,12 +16,10 @@ from flash_attn_sm120.distributed import gathered, rows
 from flash_attn_sm120.distributed.agreement import agreed
 from flash_attn_sm120.distributed.call import Options, ZigzagCall, batch_call, packed, packed_call, unpacked
 from flash_attn_sm120.distributed.layout import Zigzag
-from flash_attn_sm120.distributed.merge import add_sink, merge
+from flash_attn_sm120.distributed.merge import Total
 from flash_attn_sm120.distributed.ranks import Ranks, ranks_of
 from flash_attn_sm120.distributed.streams import Side
 from flash_attn_sm120.distributed.two_chunks import attend, limits, places
-
-HANDS = 3  # sets of keys at a time: one is read, one sent, one received
 
 
 def ring_attention(
@@ -34,17 +33,19 @@ def ring_attention(
     causal: bool = True,
     softcap: float = 0.0,
     learnable_sink: torch.Tensor | None = None,
+    pieces: int | None = None,
     check_ranks: bool = True,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """zigzag_attention where memory is short: a rank never has more than three ranks' keys, whatever the world size.
+    """zigzag_attention where memory is short: what a rank needs doesn't grow with the world size.
 
     Each rank sends its K and V to the next one while it computes, world_size - 1 times; results are added up by lse in
-    float32, each part rounded to q's dtype before. Arguments, results and errors are zigzag_attention's, without
-    windows and pieces.
+    float32, each part rounded to q's dtype before. That is done with one piece of heads_kv after the other, so that
+    beside out a rank has a second copy of its K and V, and for a piece two ranks' K and V and 6 bytes a value of out.
+    Arguments, results and errors are zigzag_attention's, without windows.
     """
     ranks = ranks_of(group)
     options = Options(softmax_scale, causal, (-1, -1), softcap, learnable_sink)
-    call = agreed(ranks, check_ranks, q, lambda: batch_call("ring_attention", ranks, q, k, v, seqlen, None, options))
+    call = agreed(ranks, check_ranks, q, lambda: batch_call("ring_attention", ranks, q, k, v, seqlen, pieces, options))
     out, lse = attention(ranks, packed(q), packed(k), packed(v), learnable_sink, call)
     return unpacked(out, lse, q.shape[0], q.shape[1])
 
@@ -60,13 +61,16 @@ def ring_attention_varlen(
     causal: bool = True,
     softcap: float = 0.0,
     learnable_sink: torch.Tensor | None = None,
+    pieces: int | None = None,
     check_ranks: bool = True,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """ring_attention for packed sequences of different lengths: q, k, v, seqlens and results as in
     zigzag_attention_varlen."""
     ranks = ranks_of(group)
     options = Options(softmax_scale, causal, (-1, -1), softcap, learnable_sink)
-    call = agreed(ranks, check_ranks, q, lambda: packed_call("ring_attention", ranks, q, k, v, seqlens, None, options))
+    call = agreed(
+        ranks, check_ranks, q, lambda: packed_call("ring_attention", ranks, q, k, v, seqlens, pieces, options)
+    )
     return attention(ranks, q, k, v, learnable_sink, call)
 
 
@@ -74,40 +78,46 @@ def attention(
     ranks: Ranks, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, sink: torch.Tensor | None, call: ZigzagCall
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Of a checked call with packed tensors."""
-    layout = call.layout
+    layout, ratio = call.layout, q.shape[1] // k.shape[1]
     if ranks.world_size == 1 or layout.total == 0:
         return gathered.attention(ranks, q, k, v, sink, call)
     own = places(layout, ranks.rank, q.device)
     early = own.early_rows
     if own.to_groups is not None:
         q = q.index_select(0, own.to_groups)
-    part = q.new_empty(*q.shape[:-1], v.shape[-1])
-    out = torch.empty_like(part, dtype=torch.float32)
+    out = q.new_empty(*q.shape[:-1], v.shape[-1])
     lse = q.new_empty(q.shape[1], q.shape[0], dtype=torch.float32)
-    for owner, keys, values in passed_round(ranks, k, v, layout):
+    count = k.shape[1] // call.pieces * ratio  # heads of a piece
+    part = out.new_empty(out.shape[0], count, out.shape[2])
+    total = Total(part)
+    waiting: list[Callable[[], None]] = []
+    for piece, turn, owner, keys, values in passed_round(ranks, k, v, layout, call.pieces):
+        # What the launch before found is added up now: meanwhile the transfer of the next keys, which waits for that
+        # launch, gets its place on the GPU, on all ranks at about the same time: see CONFLICTS_LOG.md, 36.
+        _do(waiting)
+        heads = slice(piece * count, (piece + 1) * count)
         # Of a rank further on, only the late chunk has something to see, and sees all; of one before, both see its
         # early chunk and not its late one.
         first = early if call.causal and owner > ranks.rank else 0
-        here = call.causal and owner == ranks.rank
-        groups = (q[first:early], q[early:])
         marks = (torch.zeros_like(own.marks[0]), own.marks[1]) if first else own.marks[:2]
         _, _, lse0, lse1 = attend(
-            groups, marks, keys, values, places(layout, owner, q.device).marks[2],
-            _reach(layout, ranks.rank, owner, call.causal, q.device), here, call.options,
+            (q[first:early, heads], q[early:, heads]), marks, keys, values, places(layout, owner, q.device).marks[2],
+            _reach(layout, ranks.rank, owner, call.causal, q.device), call.causal and owner == ranks.rank, call.options,
             (part[first:early], part[early:]),
         )  # fmt: skip
-        found = torch.cat((lse0, lse1), 1)
-        if owner == ranks.rank:
-            out.copy_(part)
-            lse.copy_(found)
-        else:
-            merge(out[first:], lse[:, first:], part[first:], found)
-    if sink is not None:
-        add_sink(out, lse, sink)
-    out = part.copy_(out)
+        waiting.append(partial(total.add, part[first:], torch.cat((lse0, lse1), 1), first, anew=turn == 0))
+        if turn + 1 == ranks.world_size:
+            waiting.append(partial(total.write, out[:, heads], lse[heads], None if sink is None else sink[heads]))
+    _do(waiting)
     if own.to_own is not None:
         out, lse = out.index_select(0, own.to_own), lse.index_select(1, own.to_own)
     return out, lse
+
+
+def _do(waiting: list[Callable[[], None]]) -> None:
+    for each in waiting:
+        each()
+    waiting.clear()
 
 
 def _reach(layout: Zigzag, rank: int, owner: int, causal: bool, device: torch.device) -> tuple:
@@ -120,32 +130,33 @@ def _reach(layout: Zigzag, rank: int, owner: int, causal: bool, device: torch.de
 
 
 def passed_round(
-    ranks: Ranks, k: torch.Tensor, v: torch.Tensor, layout: Zigzag
-) -> Iterator[tuple[int, torch.Tensor, torch.Tensor]]:
-    """(rank whose they are, k, v), this rank's own first; valid until two turns later, for what the caller launched
-    until it asked for the next ones."""
-    side = Side(k.device)
-    hands = [rows.room(k, v, layout.most_tokens, k.shape[1]) for _ in range(min(HANDS, ranks.world_size))]
-    rows.write(hands[0], k, v)
-    ready = side.mark()
-    used: list[Any] = []
-    for turn in range(ranks.world_size):
-        owner = (ranks.rank - turn) % ranks.world_size
-        here = ready
-        works: list[Any] = []
-        if turn + 1 < ranks.world_size:
+    ranks: Ranks, k: torch.Tensor, v: torch.Tensor, layout: Zigzag, pieces: int
+) -> Iterator[tuple[int, int, int, torch.Tensor, torch.Tensor]]:
+    """(piece, turn, rank whose they are, k, v) of some heads, this rank's own first; valid for what the caller launches
+    until it asks for the next ones."""
+    side, world, heads = Side(k.device), ranks.world_size, k.shape[1] // pieces
+    hands = [rows.room(k, v, layout.most_tokens, heads) for _ in range(min(2, world - 1))]
+    used = None
+    for piece, (in_hand, written) in enumerate(rows.in_pieces(k, v, layout.most_tokens, pieces, side)):
+        arrived = written
+        for turn in range(world):
+            works: list[Any] = []
+            into = hands[turn % 2] if turn + 1 < world else in_hand
+            if turn + 1 < world:
+                with side:
+                    side.after(arrived)
+                    side.after(used)  # what was in the other hand is
+                    works = _pass_on(ranks, in_hand, into)
+            side.after(arrived)
+            owner = (ranks.rank - turn) % world
+            own = in_hand[: layout.tokens(owner)]
+            yield piece, turn, owner, *rows.split(own, heads, k.shape[-1], v.shape[-1])
+            used = side.mark()
             with side:
-                side.after(here)
-                side.after(used[turn - 2] if turn >= 2 else None)
-                works = _pass_on(ranks, hands[turn % HANDS], hands[(turn + 1) % HANDS])
-        side.after(here)
-        tokens = layout.tokens(owner)
-        yield owner, *rows.split(hands[turn % HANDS][:tokens], k.shape[1], k.shape[-1], v.shape[-1])
-        used.append(side.mark())
-        with side:
-            for work in works:
-                work.wait()
-            ready = side.mark()
+                for work in works:
+                    work.wait()
+                arrived = side.mark()
+            in_hand = into
 
 
 def _pass_on(ranks: Ranks, out: torch.Tensor, into: torch.Tensor) -> list[Any]:

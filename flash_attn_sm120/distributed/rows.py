@@ -2,7 +2,18 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
+
+from flash_attn_sm120.distributed.streams import Side
+
+
+class Piece(NamedTuple):
+    """Rows of some heads, and when they are written."""
+
+    rows: torch.Tensor
+    written: torch.cuda.Event | None
 
 
 def room(x: torch.Tensor, v: torch.Tensor, rows: int, heads: int) -> torch.Tensor:
@@ -21,3 +32,14 @@ def split(rows: torch.Tensor, heads: int, head_dim: int, head_dim_v: int) -> tup
     """k and v of rows, without a copy."""
     k, v = rows.split([heads * head_dim, heads * head_dim_v], 1)
     return k.unflatten(1, (heads, head_dim)), v.unflatten(1, (heads, head_dim_v))
+
+
+def in_pieces(k: torch.Tensor, v: torch.Tensor, most_tokens: int, pieces: int, side: Side) -> list[Piece]:
+    """k and v in as many pieces, by heads, with room for most_tokens rows."""
+    heads, found = k.shape[1] // pieces, []
+    for piece in range(pieces):
+        own = slice(piece * heads, (piece + 1) * heads)
+        rows = room(k, v, most_tokens, heads)
+        write(rows, k[:, own], v[:, own])
+        found.append(Piece(rows, side.mark()))
+    return found
