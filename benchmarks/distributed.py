@@ -186,7 +186,7 @@ def overlap(tokens: int, rank: int, world: int) -> dict[str, dict[str, float]]:
         with tempfile.TemporaryDirectory() as folder:
             profile.export_chrome_trace(f"{folder}/trace.json")
             events = json.loads(Path(folder, "trace.json").read_text())["traceEvents"]
-        begin = min(event["ts"] for event in events if event.get("name") == "measured")
+        begin = min(event["ts"] for event in events if event.get("name") == "measured" and "ts" in event)
         kernels = [event for event in events if event.get("cat") == "kernel" and event["ts"] >= begin]
         found[way] = under(kernels)
         if rank == 0 and not found[way]["nccl_ms"]:
