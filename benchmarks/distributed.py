@@ -288,7 +288,7 @@ def plot(found: dict, path: Path) -> None:
             axes.plot(*zip(*points, strict=True), "o-", color=colour, label=way)
         axes.set_xticks(worlds)
         axes.set_xlabel("GPUs")
-        axes.set_ylim(bottom=0)
+        axes.set_ylim(0, 1.08 * axes.get_ylim()[1])
         axes.legend(frameon=False)
     left.set_title(f"{alone['strong']['tokens']} tokens in all, ms")
     right.set_title(f"{alone['weak']['tokens']} tokens a GPU, TFLOPS a GPU")
