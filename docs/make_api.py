@@ -10,6 +10,8 @@ from pathlib import Path
 
 DOCS = Path(__file__).parent
 PACKAGE = DOCS.parent / "flash_attn_sm120"
+ZIGZAG = ("zigzag_attention", "zigzag_attention_varlen")
+SHARDS = ("shard", "shard_varlen", "unshard", "unshard_varlen")
 # (title, import, file, names; () for all that have a docstring and no underscore)
 SECTIONS = (
     ("Attention", "flash_attn_sm120", "interface", ("flash_attn_func", "flash_attn_varlen_func")),
@@ -25,6 +27,10 @@ SECTIONS = (
         "grouped_attention",
         ("replace_execute_grouped_attention_with_fused_varlen",),
     ),
+    ("Zigzag over several GPUs", "flash_attn_sm120.distributed", "distributed/gathered", ZIGZAG),
+    ("Ring attention", "flash_attn_sm120.distributed", "distributed/ring", ("ring_attention", "ring_attention_varlen")),
+    ("Decode over several GPUs", "flash_attn_sm120.distributed", "distributed/decode", ("decode_context_parallel",)),
+    ("Shards of a zigzag", "flash_attn_sm120.distributed", "distributed/shards", SHARDS),
     ("Split results", "flash_attn_sm120", "combine", ("flash_attn_combine",)),
     ("Scheduler metadata", "flash_attn_sm120", "scheduling", ("get_scheduler_metadata",)),
     ("Block sparsity", "flash_attn_sm120", "block_sparse", ("BlockSparseTensors",)),

@@ -3,7 +3,16 @@
 import torch
 
 from flash_attn_sm120 import reference
-from flash_attn_sm120.arguments import Arguments, CombineArguments, Lengths, Modifiers, Numbers, Partials
+from flash_attn_sm120.arguments import (
+    Arguments,
+    CombineArguments,
+    DualGroupArguments,
+    GroupLengths,
+    Lengths,
+    Modifiers,
+    Numbers,
+    Partials,
+)
 from flash_attn_sm120.checks import UNBOUNDED
 from flash_attn_sm120.dispatch import choose
 from flash_attn_sm120.dropout import BITS
@@ -11,7 +20,9 @@ from flash_attn_sm120.problem import AttentionProblem, CombineProblem
 
 
 def load(problem):
-    return combine_launcher(problem) if isinstance(problem, CombineProblem) else launcher(problem)
+    if isinstance(problem, CombineProblem):
+        return combine_launcher(problem)
+    return dual_group_launcher(problem) if problem.dual_group else launcher(problem)
 
 
 def launcher(problem: AttentionProblem):
@@ -33,6 +44,44 @@ def launcher(problem: AttentionProblem):
         write(given.out, given.lse, out, lse, rows, problem.packed_q)
 
     return launch
+
+
+def dual_group_launcher(problem: AttentionProblem):
+    """Each group by itself; its range is how much of its sequences is used."""
+
+    def launch(*values):
+        given = DualGroupArguments(*values)
+        lengths, numbers = GroupLengths(*given.lengths), Numbers(*given.numbers)
+        check_groups(problem, given, lengths)
+        left, right = (None if side >= UNBOUNDED else side for side in (numbers.window_left, numbers.window_right))
+        options = {"softmax_scale": numbers.softmax_scale, "softcap": numbers.softcap, "window_size": (left, right)}
+        options |= {"cu_seqlens_k": lengths.cu_seqlens_k, "learnable_sink": given.learnable_sink}
+        keys = lengths.cu_seqlens_k.diff()
+        for q, to, lse_to, marks, limit in zip(
+            (given.q0, given.q1),
+            (given.out0, given.out1),
+            (given.lse0, given.lse1),
+            lengths[:2],
+            lengths[3:],
+            strict=True,
+        ):
+            used = torch.minimum(keys, torch.as_tensor(limit, dtype=torch.int32))
+            out, lse = reference.attention(q, given.k, given.v, cu_seqlens_q=marks, seqused_k=used, **options)
+            write(to, lse_to, out, lse, slice(int(marks[-1])), packed=True)
+
+    return launch
+
+
+def check_groups(problem, given, lengths):
+    """What a problem of two groups says is what comes."""
+    assert problem.packed_q and problem.packed_k and problem.lse and not problem.padded_lse
+    assert name_of(given.learnable_sink) == problem.sink
+    assert all(isinstance(limit, torch.Tensor) == problem.seqused_k for limit in lengths[3:])
+    for tensor in given[:6]:
+        assert name_of(tensor) == problem.dtype and tensor.data_ptr() % 16 == 0 and tensor.stride(-1) == 1
+        assert not any(stride * tensor.element_size() % 16 for stride in tensor.stride()[:-1])
+    batch = lengths.cu_seqlens_k.shape[0]
+    assert all(marks.shape == (batch,) and marks.dtype == torch.int32 for marks in lengths[:3])
 
 
 def combine_launcher(problem: CombineProblem):

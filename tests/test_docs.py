@@ -99,7 +99,7 @@ def test_api_page_is_up_to_date():
     assert page.read_text() == make_api["page"](), "run python docs/make_api.py"
     names = set(re.findall(r"^### ([\w.]+)$", page.read_text(), re.MULTILINE))
     public = set()
-    for folder in ("", "mods"):
+    for folder in ("", "mods", "distributed"):
         source = (ROOT / "flash_attn_sm120" / folder / "__init__.py").read_text()
         public |= set(re.findall(r'^ +"(\w+)",$', source.partition("__all__")[2].partition("]")[0], re.MULTILINE))
     assert len(public) > 15 and public - names == {"__version__"}
