@@ -15,7 +15,8 @@ FP8_COPYING_WARPS = 4  # which convert
 WAYS = ("cp_async", "pages", "page_boxes", "fp8", "tma", "strips")
 # Attributes of a problem that take registers from the main loop.
 CHANGES = ("dropout", "score_mod", "mask_mod", "block_sparse")
-MODIFIERS = ("softcap", "sink", "alibi", "chunked", "context_parallel", "k_descale", "v_descale", *CHANGES)
+MODIFIERS = ("softcap", "sink", "alibi", "chunked", "context_parallel", "k_descale", "v_descale")
+MODIFIERS += ("dropout", "rescored", "biased", "mask_mod", "block_sparse")
 MAX_SPLITS = 64  # parts of a sequence in a decode
 TILE_NOTE_BYTES = 48  # what a thread block writes down instead of keeping it in registers, behind the tiles
 SECOND_NOTE_BYTES = 48
@@ -54,6 +55,8 @@ class Plan:
     way: str = ""  # of loading, in prefill
     note_bytes: int = TILE_NOTE_BYTES
     turn_bytes: int = 0  # of the word that says which of its tiles a block is at
+    drawing_warps: int = 0  # of the loading ones, those that draw dropout's numbers for the matrix warps
+    drawn_bytes: int = 0  # of what they say is kept, a bit a weight, before the notes
 
     @property
     def persistent(self) -> bool:
@@ -98,6 +101,7 @@ class TileRow:
     ways: tuple[str, ...] = WAYS
     persistent: bool = False
     modifiers: tuple[str, ...] = MODIFIERS
+    drawing_warps: int = 0
 
     def serves(self, problem: AttentionProblem, way: str) -> bool:
         fits = problem.head_dim <= self.head_dim and problem.head_dim_v <= self.head_dim_v
@@ -135,6 +139,7 @@ FORWARD_TILES = (
     replace(LARGEST, ways=("cp_async",), copying_warps=4, masks=("full", "causal")),
     replace(LARGEST, ways=("page_boxes",)),
     replace(LARGEST, ways=("tma",), modifiers=("block_sparse",)),
+    replace(LARGEST, ways=("tma",), modifiers=("dropout",), drawing_warps=3),
     *(row for rows in zip(FP8_TILES, COMMON_TILES[2:], strict=True) for row in rows),
     *NARROW_TILES,
 )
@@ -147,7 +152,7 @@ FORWARD_TMA_TILES = (
     SMALLEST,
     replace(SMALL, persistent=True),
     replace(LARGEST, persistent=True, masks=("causal",)),
-    LARGEST,
+    replace(LARGEST, modifiers=("biased",)),
     MIDDLE,
     *(replace(row, persistent=True) for row in (*LARGE, NARROW_TILES[-1])),
     NARROW_TILES[-1],
@@ -300,8 +305,10 @@ def hands_over_registers(arch: str) -> bool:
 def _plan_of(row: TileRow, kernel: str, problem: AttentionProblem, way: str, arch: str) -> Plan:
     tile = (row.tile_m, row.tile_n, row.num_warps, row.blocks_per_sm)
     turn_bytes = TURN_BYTES if row.persistent else 0
-    smem = smem_bytes(problem, row) + turn_bytes
+    drawn_bytes = row.tile_m * row.tile_n // 8 if row.drawing_warps else 0
+    smem = smem_bytes(problem, row) + turn_bytes + drawn_bytes
     plan = Plan(kernel, *tile, smem, row.q_in_registers, stages=row.stages, way=way, turn_bytes=turn_bytes)
+    plan = replace(plan, drawing_warps=row.drawing_warps, drawn_bytes=drawn_bytes)
     copying_warps = FP8_COPYING_WARPS if way == "fp8" else row.copying_warps
     plan = replace(plan, copying_warps=copying_warps, note_bytes=note_bytes(problem, row.num_warps))
     if not hands_over_registers(arch):

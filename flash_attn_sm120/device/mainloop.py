@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections.abc import Callable
 
 import cutlass
 from cutlass import Float32, Int32, Int64, cute
@@ -15,14 +16,22 @@ from cutlass import Float32, Int32, Int64, cute
 from flash_attn_sm120.arguments import Modifiers, Numbers
 from flash_attn_sm120.device.alibi import add_alibi
 from flash_attn_sm120.device.block_range import BlockRange
-from flash_attn_sm120.device.dropout import Dropper
+from flash_attn_sm120.device.dropout import Dropper, add_signs, compared, drop, philox, unpacked_signs
 from flash_attn_sm120.device.epilogue import stage_output, store_lse, store_output
 from flash_attn_sm120.device.fp8 import rows_to_f16
 from flash_attn_sm120.device.fragments import accumulators
 from flash_attn_sm120.device.gemm import pv_product, qk_product
 from flash_attn_sm120.device.mask import apply_bounds, apply_mask
 from flash_attn_sm120.device.mods import Place, SeqlenInfo, apply_mask_mod, apply_score_mod
-from flash_attn_sm120.device.ptx import lane_anew, load_shared_v4, mbarrier_arrive_after, thread_anew
+from flash_attn_sm120.device.ptx import (
+    lane_anew,
+    load_shared_v2,
+    load_shared_v4,
+    mbarrier_arrive_after,
+    reciprocal,
+    store_shared_v2,
+    thread_anew,
+)
 from flash_attn_sm120.device.scheduler import (
     Positions,
     Tile,
@@ -78,6 +87,7 @@ class ForwardTile:
         self.q_rows = self.shared + self.warp_row * config.layout_q.row_bytes
         self.note = self.shared + plan.note_offset
         self.second_note = self.note + TILE_NOTE_BYTES
+        self.drawn = self.note - plan.drawn_bytes
 
         m_frags = config.warp_rows // 16
         self.scales = [numbers.softmax_scale] * (2 * m_frags)  # of the thread's rows, 8 apart
@@ -91,7 +101,7 @@ class ForwardTile:
     def softmax_scales(self) -> list[Float32]:
         """What softmax multiplies scores by: 1 where they have got their scale before."""
         problem = self.config.problem
-        if problem.score_mod is not None:
+        if problem.rescored:
             return [Float32(math.log2(math.e))] * len(self.scales)
         return [Float32(1.0)] * len(self.scales) if problem.softcap or problem.alibi else self.scales
 
@@ -130,6 +140,8 @@ class ForwardTile:
                 cute.arch.setmaxregister_decrease(plan.loading_registers)
             if self.copies():
                 self.feed(blocks)
+            elif cutlass.const_expr(plan.drawing_warps):
+                self.draw(blocks)
         else:
             if cutlass.const_expr(plan.hands_over_registers):
                 cute.arch.setmaxregister_increase(plan.matrix_registers)
@@ -161,8 +173,9 @@ class ForwardTile:
         cute.arch.mbarrier_init(self.q_full, self.q_arrivals)
         for stage in map(self.stage, range(self.config.plan.stages)):
             for name, barrier in stage.bars.items():
-                full = name.endswith("full")
-                cute.arch.mbarrier_init(barrier, self.loader.arrivals if full else self.config.plan.num_warps)
+                count = self.loader.arrivals if name.endswith("full") else self.config.plan.num_warps
+                count += self.config.plan.drawing_warps if name == "v_full" else 0
+                cute.arch.mbarrier_init(barrier, count)
 
     @property
     def q_arrivals(self) -> int:
@@ -286,7 +299,7 @@ class ForwardTile:
     @property
     def elects(self) -> bool:
         """Whether the chip chooses the lane that arrives."""
-        return self.config.plan.hands_over_registers
+        return self.config.plan.hands_over_registers and not self.config.plan.drawing_warps
 
     def skip(self, i: Int32) -> None:
         """In place of block."""
@@ -309,7 +322,7 @@ class ForwardTile:
         if problem.block_sparse and (masked or problem.modded or problem.alibi or problem.dropout):
             n = self.number_anew(i)
         place = self.place(n, masked) if problem.modded else None  # before the products, which hide it
-        self.scores(stage.shared)
+        self.scores(stage.shared, self.bias(place) if problem.biased else None)
         self.arrive(stage.bars["k_free"], self.tSrS)
         self.look_ahead(i)
         stage.wait_for_v()
@@ -319,10 +332,11 @@ class ForwardTile:
     def look_ahead(self, i: Int32) -> None:
         """While block i is worked on: nothing, as the one before it comes next."""
 
-    def scores(self, shared: Int32) -> None:
+    def scores(self, shared: Int32, bias: Callable | None) -> None:
+        """bias: of the thread's part of the block, as Mod.bias returns it."""
         config = self.config
         sK = config.layout_k.matrix(shared, self.lane, config.offset_k, rows_first=False)
-        qk_product(self.tSrQ, self.matrix_q(), sK, self.tSrS, config.mma_dtype)
+        qk_product(self.tSrQ, self.matrix_q(), sK, self.tSrS, config.mma_dtype, bias)
 
     def q_rows_anew(self) -> Int32:
         """q_rows, where no register is to hold it."""
@@ -330,8 +344,9 @@ class ForwardTile:
         return self.shared + (thread_anew() >> 5) * (config.warp_rows * config.layout_q.row_bytes)
 
     def matrix_q(self) -> SharedMatrix:
-        """The warp's rows."""
-        return self.config.layout_q.matrix(self.q_rows, self.lane)
+        """The warp's rows. Beside what is drawn no register is left to hold where they are."""
+        rows = self.q_rows_anew() if self.config.plan.drawing_warps else self.q_rows
+        return self.config.layout_q.matrix(rows, self.lane)
 
     def accumulate(self, shared: Int32, n: Int32, i: Int32, masked: bool, modded: bool, place: Place | None) -> None:
         """place: for mods."""
@@ -346,7 +361,7 @@ class ForwardTile:
             self.mask(n)
         tOrP = self.softmax.update(self.tSrS, self.tOrO, config.mma_dtype)
         if config.problem.dropout:
-            tOrP = self.dropper(self.number_anew(i)).drop(tOrP)
+            tOrP = drop(tOrP, self.kept_signs(i))
         sV = config.layout_v.matrix(shared, self.lane, config.offset_v)
         pv_product(sV, tOrP, self.tOrO, config.mma_dtype)
 
@@ -356,10 +371,18 @@ class ForwardTile:
 
     def apply_mods(self, place: Place, modded: bool) -> None:
         problem, aux = self.config.problem, self.modifiers.aux or ()
-        if problem.score_mod is not None:
+        if problem.rescored:
             apply_score_mod(self.tSrS, problem.score_mod, self.scales, place, aux)
         if problem.mask_mod is not None and modded:
             apply_mask_mod(self.tSrS, problem.mask_mod, place, aux)
+
+    def bias(self, place: Place) -> Callable:
+        """Of the thread's scores, which get their scale from softmax."""
+        unit, aux = reciprocal(self.scales[0]) * math.log2(math.e), self.modifiers.aux or ()
+        first_col = place.first_col + 2 * (place.lane % 4)
+        return self.config.problem.score_mod.bias(
+            unit, place.batch, place.head, place.first_row, first_col, place.info, aux
+        )
 
     def place(self, n: Int32, masked: bool) -> Place:
         """Of the thread's part of block n. What mods read is read where rows and columns exist."""
@@ -373,16 +396,62 @@ class ForwardTile:
             rows = [cutlass.min(row, seq_q.length - 1) for row in rows]
             last_col = seqlen_k - 1 if masked else None
         info = SeqlenInfo(seq_q.length, seqlen_k, seq_q.start, offset_k)
-        return Place(batch, head, rows, n * plan.tile_n, thread % 32, info, last_col)
+        return Place(batch, head, first, rows, n * plan.tile_n, thread % 32, info, last_col)
 
-    def dropper(self, n: Int32) -> Dropper:
-        """Of block n."""
-        thread, config = thread_anew(), self.config
+    def kept_signs(self, i: Int32) -> list[list[Int32]]:
+        """Of the i-th block, as drop takes them."""
+        if self.config.plan.drawing_warps:
+            return [unpacked_signs(word) for word in load_shared_v2(self.drawn + 8 * thread_anew())]
+        thread = thread_anew()
+        m_frags, n_frags, _ = self.tSrS.shape
+        return self.dropper(self.number_anew(i), (thread >> 5) * m_frags, thread % 32).all_signs(m_frags, n_frags)
+
+    def dropper(self, n: Int32, strip: Int32, lane: Int32) -> Dropper:
+        """Of block n and the tile's 16 rows from 16 * strip on."""
+        config = self.config
         first_row, head, batch, _ = load_shared_v4(self.note)
         _, low, high, threshold = load_shared_v4(self.second_note)
         _, _, carry, _ = load_shared_v4(self.second_note + 16)
-        row = first_row + (thread >> 5) * config.warp_rows
-        return Dropper((low, high), threshold, carry, batch, head, row, n * config.plan.tile_n, thread % 32)
+        row = first_row + strip * 16
+        return Dropper((low, high), threshold, carry, batch, head, row, n * config.plan.tile_n, lane)
+
+    @cute.jit
+    def draw(self, blocks: BlockRange):
+        """A drawing warp: what every third or so of the matrix warps keeps of each block, worked out while the block
+        before is computed, and there when V is."""
+        plan = self.config.plan
+        first = self.warp - (plan.num_warps + plan.loading_warps - plan.drawing_warps)
+        a, b, c, d, e, f = (Int32(0),) * 6
+        t = Int32(0)
+        n = blocks.end - 1
+        while n >= blocks.begin:
+            strip = 2 * (first + (t >> 2) * plan.drawing_warps) + (t >> 1 & 1)
+            if t & 1 == 0:
+                a, b, c, d, e = b, c, d, e, f
+            f = self.draw_group(f, n, strip, (t & 1) ^ 1)
+            t = t + 1
+            if t == 12:
+                stage = self.stage(blocks.end - 1 - n)
+                stage.wait_for_v_room()
+                for turn, words in enumerate(((a, b), (c, d), (e, f))):
+                    to = first + turn * plan.drawing_warps
+                    if to < plan.num_warps:
+                        store_shared_v2(self.drawn + 256 * to + 8 * lane_anew(), words)
+                self.arrive(stage.bars["v_full"], None)
+                t = Int32(0)
+                n = n - 1
+
+    def draw_group(self, packed: Int32, n: Int32, strip: Int32, half: Int32) -> Int32:
+        """half: of the block's columns."""
+        first_row, head, batch, _ = load_shared_v4(self.note)
+        _, low, high, _ = load_shared_v4(self.second_note)
+        lane = lane_anew()
+        row = (first_row + 16 * strip) // 2 + lane // 4
+        group = (2 * n + half) * 4 + lane % 4
+        words = philox((group, row, head, batch), (low, high))
+        _, _, _, threshold = load_shared_v4(self.second_note)
+        _, _, carry, _ = load_shared_v4(self.second_note + 16)
+        return add_signs(packed, compared(words, threshold, carry))
 
     def own_positions(self, at: Positions, thread: Int32) -> list[Int32]:
         """Of the thread's rows."""
