@@ -20,6 +20,7 @@ MODIFIERS += ("dropout", "rescored", "biased", "mask_mod", "block_sparse")
 MAX_SPLITS = 64  # parts of a sequence in a decode
 TILE_NOTE_BYTES = 48  # what a thread block writes down instead of keeping it in registers, behind the tiles
 SECOND_NOTE_BYTES = 48
+LISTED_BYTES = 16  # numbers of the next listed blocks, behind the notes
 TURN_BYTES = 16  # behind the notes of a block that takes one tile after another
 STRIP_NOTE_BYTES = 64  # of a warp, where two query groups are
 WAY_NOTE_BYTES = 32  # the blocks that the warps of two query groups go over together
@@ -232,7 +233,7 @@ def note_bytes(problem: AttentionProblem, num_warps: int) -> int:
     if problem.dual_group:
         return num_warps * STRIP_NOTE_BYTES + WAY_NOTE_BYTES
     changed = any(getattr(problem, name) for name in CHANGES)
-    return TILE_NOTE_BYTES + (SECOND_NOTE_BYTES if changed else 0)
+    return TILE_NOTE_BYTES + (SECOND_NOTE_BYTES if changed else 0) + (LISTED_BYTES if problem.block_sparse else 0)
 
 
 # Attributes of a problem that a kernel has no code for.

@@ -173,9 +173,13 @@ class ForwardTile:
         cute.arch.mbarrier_init(self.q_full, self.q_arrivals)
         for stage in map(self.stage, range(self.config.plan.stages)):
             for name, barrier in stage.bars.items():
-                count = self.loader.arrivals if name.endswith("full") else self.config.plan.num_warps
-                count += self.config.plan.drawing_warps if name == "v_full" else 0
+                full = name.endswith("full")
+                count = self.loader.arrivals + self.notices(name) if full else self.config.plan.num_warps
                 cute.arch.mbarrier_init(barrier, count)
+
+    def notices(self, barrier: str) -> int:
+        """Arrivals beside those of the loads."""
+        return self.config.plan.drawing_warps if barrier == "v_full" else 0
 
     @property
     def q_arrivals(self) -> int:
@@ -263,11 +267,15 @@ class ForwardTile:
     @property
     def is_roomy(self) -> bool:
         """Whether O, S and Q leave registers for more."""
+        return not self.fills_registers and self.config.plan.note_bytes == TILE_NOTE_BYTES
+
+    @property
+    def fills_registers(self) -> bool:
+        """Whether O, S and Q alone do."""
         config = self.config
         q_columns = min(config.layout_q.cols, Q_COLUMNS_KEPT) // 2 if config.plan.q_in_registers else 0
         columns = config.layout_v.cols + config.plan.tile_n + q_columns
-        changed = config.plan.note_bytes > TILE_NOTE_BYTES
-        return columns * config.warp_rows // 32 <= ROOMY and not changed
+        return columns * config.warp_rows // 32 > ROOMY
 
     def count_anew(self, count: Int32) -> Int32:
         """Of blocks, from memory where the tile leaves it no register."""
@@ -299,7 +307,7 @@ class ForwardTile:
     @property
     def elects(self) -> bool:
         """Whether the chip chooses the lane that arrives."""
-        return self.config.plan.hands_over_registers and not self.config.plan.drawing_warps
+        return self.config.plan.hands_over_registers and not self.is_short
 
     def skip(self, i: Int32) -> None:
         """In place of block."""
@@ -344,9 +352,14 @@ class ForwardTile:
         return self.shared + (thread_anew() >> 5) * (config.warp_rows * config.layout_q.row_bytes)
 
     def matrix_q(self) -> SharedMatrix:
-        """The warp's rows. Beside what is drawn no register is left to hold where they are."""
-        rows = self.q_rows_anew() if self.config.plan.drawing_warps else self.q_rows
+        """The warp's rows."""
+        rows = self.q_rows_anew() if self.is_short else self.q_rows
         return self.config.layout_q.matrix(rows, self.lane)
+
+    @property
+    def is_short(self) -> bool:
+        """Whether ptxas fits the loop only without registers for Q's rows and for what it elects with."""
+        return self.config.plan.drawing_warps > 0
 
     def accumulate(self, shared: Int32, n: Int32, i: Int32, masked: bool, modded: bool, place: Place | None) -> None:
         """place: for mods."""
