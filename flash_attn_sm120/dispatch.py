@@ -306,7 +306,7 @@ def hands_over_registers(arch: str) -> bool:
 def _plan_of(row: TileRow, kernel: str, problem: AttentionProblem, way: str, arch: str) -> Plan:
     tile = (row.tile_m, row.tile_n, row.num_warps, row.blocks_per_sm)
     turn_bytes = TURN_BYTES if row.persistent else 0
-    drawn_bytes = row.tile_m * row.tile_n // 8 if row.drawing_warps else 0
+    drawn_bytes = row.tile_m * row.tile_n // 8 + 16 * row.num_warps if row.drawing_warps else 0
     smem = smem_bytes(problem, row) + turn_bytes + drawn_bytes
     plan = Plan(kernel, *tile, smem, row.q_in_registers, stages=row.stages, way=way, turn_bytes=turn_bytes)
     plan = replace(plan, drawing_warps=row.drawing_warps, drawn_bytes=drawn_bytes)

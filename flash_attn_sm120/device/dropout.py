@@ -79,15 +79,17 @@ def compared(words: tuple, threshold: Int32, carry: Int32) -> list[Int32]:
     return [(word & OWN_BITS | TOP_BITS) - threshold for word in words]
 
 
-def add_signs(packed: Int32, signs: list[Int32]) -> Int32:
-    """packed of a group's neighbour with the group's signs before it: four more bits at the top of each byte."""
-    for word in reversed(signs):
-        packed = Int32(Uint32(packed) >> 1) & OWN_BITS | word & TOP_BITS
+def packed_signs(signs: list[list[Int32]]) -> Int32:
+    """Of two neighbouring groups: the top bits of the j-th word's bytes are j places lower."""
+    packed = None
+    for word in reversed([word for group in signs for word in group]):
+        own = word & TOP_BITS
+        packed = own if packed is None else Int32(Uint32(packed) >> 1) | own
     return packed
 
 
 def unpacked_signs(packed: Int32) -> list[Int32]:
-    """As signs has them, of what add_signs made of two groups' signs, those of the later columns first."""
+    """As signs has them, of packed_signs."""
     return [packed << j for j in range(BLOCKS_A_WORD)]
 
 

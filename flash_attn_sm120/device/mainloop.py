@@ -16,7 +16,7 @@ from cutlass import Float32, Int32, Int64, cute
 from flash_attn_sm120.arguments import Modifiers, Numbers
 from flash_attn_sm120.device.alibi import add_alibi
 from flash_attn_sm120.device.block_range import BlockRange
-from flash_attn_sm120.device.dropout import Dropper, add_signs, compared, drop, philox, unpacked_signs
+from flash_attn_sm120.device.dropout import Dropper, compared, drop, packed_signs, philox, unpacked_signs
 from flash_attn_sm120.device.epilogue import stage_output, store_lse, store_output
 from flash_attn_sm120.device.fp8 import rows_to_f16
 from flash_attn_sm120.device.fragments import accumulators
@@ -29,7 +29,7 @@ from flash_attn_sm120.device.ptx import (
     load_shared_v4,
     mbarrier_arrive_after,
     reciprocal,
-    store_shared_v2,
+    store_shared_b32,
     thread_anew,
 )
 from flash_attn_sm120.device.scheduler import (
@@ -141,7 +141,7 @@ class ForwardTile:
             if self.copies():
                 self.feed(blocks)
             elif cutlass.const_expr(plan.drawing_warps):
-                self.draw(blocks)
+                self.draw()
         else:
             if cutlass.const_expr(plan.hands_over_registers):
                 cute.arch.setmaxregister_increase(plan.matrix_registers)
@@ -177,9 +177,14 @@ class ForwardTile:
                 count = self.loader.arrivals + self.notices(name) if full else self.config.plan.num_warps
                 cute.arch.mbarrier_init(barrier, count)
 
+        if self.config.plan.drawing_warps:
+            for warp in range(self.config.plan.num_warps):
+                for barrier, count in zip(self.drawn_barriers(Int32(warp)), (self.config.warp_rows // 16, 1), strict=True):
+                    cute.arch.mbarrier_init(barrier, count)
+
     def notices(self, barrier: str) -> int:
         """Arrivals beside those of the loads."""
-        return self.config.plan.drawing_warps if barrier == "v_full" else 0
+        return 0
 
     @property
     def q_arrivals(self) -> int:
@@ -307,7 +312,7 @@ class ForwardTile:
     @property
     def elects(self) -> bool:
         """Whether the chip chooses the lane that arrives."""
-        return self.config.plan.hands_over_registers and not self.is_short
+        return self.config.plan.hands_over_registers
 
     def skip(self, i: Int32) -> None:
         """In place of block."""
@@ -315,6 +320,18 @@ class ForwardTile:
         self.arrive(stage.bars["k_free"], None)
         stage.wait_for_v()
         self.arrive(stage.bars["v_free"], None)
+        if self.config.plan.drawing_warps:
+            self.wait_for_drawn(i)
+            self.free_drawn([])
+
+    def wait_for_drawn(self, i: Int32) -> None:
+        cute.arch.mbarrier_wait(self.drawn_barriers(thread_anew() >> 5)[0], i & 1)
+
+    def free_drawn(self, results: list[Float32]) -> None:
+        """results: what depends on what was read."""
+        cute.arch.sync_warp()
+        barrier = self.drawn_barriers(thread_anew() >> 5)[1]
+        mbarrier_arrive_after(barrier.toint(), results, Int32(self.lane == 0))
 
     def keep_q(self) -> None:
         """Q in registers: reading it anew for each block would bind where a warp has 16 rows."""
@@ -334,6 +351,8 @@ class ForwardTile:
         self.arrive(stage.bars["k_free"], self.tSrS)
         self.look_ahead(i)
         stage.wait_for_v()
+        if self.config.plan.drawing_warps:
+            self.wait_for_drawn(i)
         self.accumulate(stage.shared, n, i, masked, modded, place)
         self.arrive(stage.bars["v_free"], self.tOrO)
 
@@ -353,13 +372,7 @@ class ForwardTile:
 
     def matrix_q(self) -> SharedMatrix:
         """The warp's rows."""
-        rows = self.q_rows_anew() if self.is_short else self.q_rows
-        return self.config.layout_q.matrix(rows, self.lane)
-
-    @property
-    def is_short(self) -> bool:
-        """Whether ptxas fits the loop only without registers for Q's rows and for what it elects with."""
-        return self.config.plan.drawing_warps > 0
+        return self.config.layout_q.matrix(self.q_rows, self.lane)
 
     def accumulate(self, shared: Int32, n: Int32, i: Int32, masked: bool, modded: bool, place: Place | None) -> None:
         """place: for mods."""
@@ -375,6 +388,8 @@ class ForwardTile:
         tOrP = self.softmax.update(self.tSrS, self.tOrO, config.mma_dtype)
         if config.problem.dropout:
             tOrP = drop(tOrP, self.kept_signs(i))
+            if config.plan.drawing_warps:
+                self.free_drawn([tOrP[0][0][0].bitcast(Float32)])
         sV = config.layout_v.matrix(shared, self.lane, config.offset_v)
         pv_product(sV, tOrP, self.tOrO, config.mma_dtype)
 
@@ -429,42 +444,56 @@ class ForwardTile:
         return Dropper((low, high), threshold, carry, batch, head, row, n * config.plan.tile_n, lane)
 
     @cute.jit
-    def draw(self, blocks: BlockRange):
-        """A drawing warp: what every third or so of the matrix warps keeps of each block, worked out while the block
-        before is computed, and there when V is."""
-        plan = self.config.plan
-        first = self.warp - (plan.num_warps + plan.loading_warps - plan.drawing_warps)
-        a, b, c, d, e, f = (Int32(0),) * 6
-        t = Int32(0)
-        n = blocks.end - 1
-        while n >= blocks.begin:
-            strip = 2 * (first + (t >> 2) * plan.drawing_warps) + (t >> 1 & 1)
-            if t & 1 == 0:
-                a, b, c, d, e = b, c, d, e, f
-            f = self.draw_group(f, n, strip, (t & 1) ^ 1)
-            t = t + 1
-            if t == 12:
-                stage = self.stage(blocks.end - 1 - n)
-                stage.wait_for_v_room()
-                for turn, words in enumerate(((a, b), (c, d), (e, f))):
-                    to = first + turn * plan.drawing_warps
-                    if to < plan.num_warps:
-                        store_shared_v2(self.drawn + 256 * to + 8 * lane_anew(), words)
-                self.arrive(stage.bars["v_full"], None)
-                t = Int32(0)
-                n = n - 1
+    def draw(self):
+        """A drawing warp: which weights stay, for every third or so of the tile's strips of 16 rows, block after block,
+        each as soon as the matrix warp that has the strip has read what the block before keeps."""
+        j = self.first_strip()
+        while self.block_of_strip(j) < read_block_count(self.note):
+            i = self.block_of_strip(j)
+            strip = j - i * self.strips
+            word = self.draw_strip(self.number_anew(i), strip)
+            full, free = self.drawn_barriers(strip >> 1)
+            cute.arch.mbarrier_wait(free, (i & 1) ^ 1)
+            store_shared_b32(self.drawn + 128 * (strip & -2) + 4 * (strip & 1) + 8 * lane_anew(), word)
+            self.arrive(full, None)
+            j = self.next_strip(j)
 
-    def draw_group(self, packed: Int32, n: Int32, strip: Int32, half: Int32) -> Int32:
-        """half: of the block's columns."""
+    @property
+    def strips(self) -> int:
+        """Of the tile: a power of two."""
+        return self.config.plan.tile_m // 16
+
+    def first_strip(self) -> Int32:
+        """That a drawing warp has."""
+        plan = self.config.plan
+        return self.warp - (plan.num_warps + plan.loading_warps - plan.drawing_warps)
+
+    def next_strip(self, j: Int32) -> Int32:
+        """Of the same warp; strips are counted on from block to block, and a warp has the same of each."""
+        after = j + self.config.plan.drawing_warps
+        within = after & self.strips - 1
+        return after - cutlass.select_(within < self.config.plan.drawing_warps, within - self.first_strip(), Int32(0))
+
+    def block_of_strip(self, j: Int32) -> Int32:
+        return j >> self.strips.bit_length() - 1
+
+    def drawn_barriers(self, warp: Int32) -> tuple[cute.Pointer, cute.Pointer]:
+        """(what stays is written, what stays is read) for a matrix warp."""
+        first = self.drawn + self.config.plan.tile_m * self.config.plan.tile_n // 8 + 16 * warp
+        pointer = cute.make_ptr(cutlass.Int64, first, cute.AddressSpace.smem, assumed_align=8)
+        return pointer, pointer + 1
+
+    def draw_strip(self, n: Int32, strip: Int32) -> Int32:
+        """For unpacked_signs: of 64 columns of block n."""
         first_row, head, batch, _ = load_shared_v4(self.note)
         _, low, high, _ = load_shared_v4(self.second_note)
         lane = lane_anew()
-        row = (first_row + 16 * strip) // 2 + lane // 4
-        group = (2 * n + half) * 4 + lane % 4
-        words = philox((group, row, head, batch), (low, high))
+        row = (first_row >> 1) + 8 * strip + lane // 4
+        group = 8 * n + lane % 4
+        words = [philox((group + 4 * half, row, head, batch), (low, high)) for half in range(2)]
         _, _, _, threshold = load_shared_v4(self.second_note)
         _, _, carry, _ = load_shared_v4(self.second_note + 16)
-        return add_signs(packed, compared(words, threshold, carry))
+        return packed_signs([compared(group_words, threshold, carry) for group_words in words])
 
     def own_positions(self, at: Positions, thread: Int32) -> list[Int32]:
         """Of the thread's rows."""

@@ -21,6 +21,7 @@ from flash_attn_sm120.device.ptx import (
     store_shared_v4,
 )
 from flash_attn_sm120.device.scheduler import Tile, TileQueue, read_blocks
+from flash_attn_sm120.device.tile import SharedMatrix
 
 STOP = -1  # in place of a turn: there is no tile left
 
@@ -147,13 +148,19 @@ class PersistentTile(ForwardTile):
     def has_work(self) -> cutlass.Boolean:
         return self.read_turn() != STOP
 
-    @property
-    def is_short(self) -> bool:
-        return not self.is_roomy
+    def matrix_q(self) -> SharedMatrix:
+        """Where no register is left to hold them, its rows are found anew."""
+        rows = self.q_rows if self.is_roomy else self.q_rows_anew()
+        return self.config.layout_q.matrix(rows, self.lane)
 
     def all_reads(self, results: cute.Tensor) -> list[Float32]:
         """Those of Q too, whose room is free when K's is: of each row of blocks one."""
         return super().all_reads(results) + [results[m, 0, 0] for m in range(1, results.shape[0])]
+
+    @property
+    def elects(self) -> bool:
+        """Not where registers are short: ptxas keeps what it elects with."""
+        return super().elects and self.is_roomy
 
     def store_rows(self, factors: list[Float32], glob: Int64, stride: Int32, rows_left: Int32) -> None:
         """By way of the warp's lanes alone, as shared memory fills with the next tile."""

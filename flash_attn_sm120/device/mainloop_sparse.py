@@ -11,6 +11,7 @@ from cutlass import Int32, Int64, cute
 from flash_attn_sm120.device.block_range import BlockRange
 from flash_attn_sm120.device.mainloop import ForwardTile
 from flash_attn_sm120.device.ptx import (
+    lane_anew,
     load_global_b32,
     load_global_b32_if,
     load_shared_b32,
@@ -19,6 +20,7 @@ from flash_attn_sm120.device.ptx import (
 )
 from flash_attn_sm120.device.scheduler import read_blocks
 from flash_attn_sm120.device.seqlen import clamp, divide
+from flash_attn_sm120.device.tile import SharedMatrix
 from flash_attn_sm120.dispatch import LISTED_BYTES
 
 EDGE = 1 << 30  # beside a tile's number: it is at an edge of what may be seen
@@ -89,15 +91,15 @@ class SparseTile(ForwardTile):
     def feed(self, blocks: BlockRange):
         """A loading warp. The next tile's number is on its way while it waits for room."""
         mask_tiles, full_tiles = self.counts()
-        bs_n = self.number(Int32(1))
+        bs_n, bs_next = self.number(Int32(1)), self.number(Int32(2))
         self.loader.start_list(bs_n)
         self.tell(Int32(0), self.number(Int32(0)))
         self.tell(Int32(1), bs_n)
         self.told(Int32(0))
         for i in cutlass.range(1, mask_tiles + full_tiles, unroll=1):
-            bs_next = self.number(i + 1)
+            bs_after = self.number(i + 2)
             self.loader.load_listed(bs_n, bs_next, self.stage(i), lambda i=i, n=bs_next: self.tell_next(i, n))
-            bs_n = bs_next
+            bs_n, bs_next = bs_next, bs_after
 
     def tell_next(self, i: Int32, n: Int32) -> None:
         """With the i-th tile's K, n of the next: working it out again in each matrix warp would cost several percent."""
@@ -109,7 +111,7 @@ class SparseTile(ForwardTile):
         """Writes down the i-th tile's number for the matrix warps."""
         blocks = read_blocks(self.note)
         edge = (n >= blocks.right_edge) | (n < blocks.left_edge)
-        if self.lane == 0:
+        if (self.warp == self.config.plan.num_warps) & (self.lane == 0):
             store_shared_b32(self.told_at(i), n | cutlass.select_(edge, Int32(EDGE), Int32(0)))
 
     @cute.jit
@@ -151,6 +153,13 @@ class SparseTile(ForwardTile):
         if self.at_edge is not None:  # in the mask list it makes no difference
             self.at_edge[0] = load_shared_b32(self.told_at(i + 1)) & EDGE
 
+    def matrix_q(self) -> SharedMatrix:
+        """Where no register is left to hold it, the place of the thread's rows is found anew."""
+        if not self.fills_registers:
+            return super().matrix_q()
+        return self.config.layout_q.matrix(self.q_rows_anew(), lane_anew())
+
     @property
-    def is_short(self) -> bool:
-        return self.fills_registers
+    def elects(self) -> bool:
+        """Not where registers are short: ptxas keeps what it elects with."""
+        return super().elects and not self.fills_registers
