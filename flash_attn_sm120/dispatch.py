@@ -57,7 +57,7 @@ class Plan:
     note_bytes: int = TILE_NOTE_BYTES
     turn_bytes: int = 0  # of the word that says which of its tiles a block is at
     drawing_warps: int = 0  # of the loading ones, those that draw dropout's numbers for the matrix warps
-    drawn_bytes: int = 0  # of what they say is kept, a bit a weight, before the notes
+    drawn_bytes: int = 0  # of what they say stays and of its mbarriers, before the notes
 
     @property
     def persistent(self) -> bool:
@@ -303,10 +303,15 @@ def hands_over_registers(arch: str) -> bool:
     return compute_capability(arch) >= 9
 
 
+def drawn_bits_bytes(plan: Plan | TileRow) -> int:
+    """Of what stays of a block, a bit a weight."""
+    return plan.tile_m * plan.tile_n // 8
+
+
 def _plan_of(row: TileRow, kernel: str, problem: AttentionProblem, way: str, arch: str) -> Plan:
     tile = (row.tile_m, row.tile_n, row.num_warps, row.blocks_per_sm)
     turn_bytes = TURN_BYTES if row.persistent else 0
-    drawn_bytes = row.tile_m * row.tile_n // 8 + 16 * row.num_warps if row.drawing_warps else 0
+    drawn_bytes = drawn_bits_bytes(row) + 16 * row.num_warps if row.drawing_warps else 0  # two mbarriers a warp
     smem = smem_bytes(problem, row) + turn_bytes + drawn_bytes
     plan = Plan(kernel, *tile, smem, row.q_in_registers, stages=row.stages, way=way, turn_bytes=turn_bytes)
     plan = replace(plan, drawing_warps=row.drawing_warps, drawn_bytes=drawn_bytes)

@@ -16,7 +16,7 @@ from cutlass import Float32, Int32, Int64, cute
 from flash_attn_sm120.arguments import Modifiers, Numbers
 from flash_attn_sm120.device.alibi import add_alibi
 from flash_attn_sm120.device.block_range import BlockRange
-from flash_attn_sm120.device.dropout import Dropper, compared, drop, packed_signs, philox, unpacked_signs
+from flash_attn_sm120.device.dropout import Dropper, drop
 from flash_attn_sm120.device.epilogue import stage_output, store_lse, store_output
 from flash_attn_sm120.device.fp8 import rows_to_f16
 from flash_attn_sm120.device.fragments import accumulators
@@ -25,11 +25,9 @@ from flash_attn_sm120.device.mask import apply_bounds, apply_mask
 from flash_attn_sm120.device.mods import Place, SeqlenInfo, apply_mask_mod, apply_score_mod
 from flash_attn_sm120.device.ptx import (
     lane_anew,
-    load_shared_v2,
     load_shared_v4,
     mbarrier_arrive_after,
     reciprocal,
-    store_shared_b32,
     thread_anew,
 )
 from flash_attn_sm120.device.scheduler import (
@@ -87,7 +85,6 @@ class ForwardTile:
         self.q_rows = self.shared + self.warp_row * config.layout_q.row_bytes
         self.note = self.shared + plan.note_offset
         self.second_note = self.note + TILE_NOTE_BYTES
-        self.drawn = self.note - plan.drawn_bytes
 
         m_frags = config.warp_rows // 16
         self.scales = [numbers.softmax_scale] * (2 * m_frags)  # of the thread's rows, 8 apart
@@ -176,11 +173,6 @@ class ForwardTile:
                 full = name.endswith("full")
                 count = self.loader.arrivals + self.notices(name) if full else self.config.plan.num_warps
                 cute.arch.mbarrier_init(barrier, count)
-
-        if self.config.plan.drawing_warps:
-            for warp in range(self.config.plan.num_warps):
-                for barrier, count in zip(self.drawn_barriers(Int32(warp)), (self.config.warp_rows // 16, 1), strict=True):
-                    cute.arch.mbarrier_init(barrier, count)
 
     def notices(self, barrier: str) -> int:
         """Arrivals beside those of the loads."""
@@ -318,20 +310,12 @@ class ForwardTile:
         """In place of block."""
         stage = self.stage(i)
         self.arrive(stage.bars["k_free"], None)
-        stage.wait_for_v()
+        self.wait_for_v(i)
         self.arrive(stage.bars["v_free"], None)
-        if self.config.plan.drawing_warps:
-            self.wait_for_drawn(i)
-            self.free_drawn([])
 
-    def wait_for_drawn(self, i: Int32) -> None:
-        cute.arch.mbarrier_wait(self.drawn_barriers(thread_anew() >> 5)[0], i & 1)
-
-    def free_drawn(self, results: list[Float32]) -> None:
-        """results: what depends on what was read."""
-        cute.arch.sync_warp()
-        barrier = self.drawn_barriers(thread_anew() >> 5)[1]
-        mbarrier_arrive_after(barrier.toint(), results, Int32(self.lane == 0))
+    def wait_for_v(self, i: Int32) -> None:
+        """Of the i-th block."""
+        self.stage(i).wait_for_v()
 
     def keep_q(self) -> None:
         """Q in registers: reading it anew for each block would bind where a warp has 16 rows."""
@@ -350,9 +334,7 @@ class ForwardTile:
         self.scores(stage.shared, self.bias(place) if problem.biased else None)
         self.arrive(stage.bars["k_free"], self.tSrS)
         self.look_ahead(i)
-        stage.wait_for_v()
-        if self.config.plan.drawing_warps:
-            self.wait_for_drawn(i)
+        self.wait_for_v(i)
         self.accumulate(stage.shared, n, i, masked, modded, place)
         self.arrive(stage.bars["v_free"], self.tOrO)
 
@@ -387,9 +369,7 @@ class ForwardTile:
             self.mask(n)
         tOrP = self.softmax.update(self.tSrS, self.tOrO, config.mma_dtype)
         if config.problem.dropout:
-            tOrP = drop(tOrP, self.kept_signs(i))
-            if config.plan.drawing_warps:
-                self.free_drawn([tOrP[0][0][0].bitcast(Float32)])
+            tOrP = self.drop(tOrP, i)
         sV = config.layout_v.matrix(shared, self.lane, config.offset_v)
         pv_product(sV, tOrP, self.tOrO, config.mma_dtype)
 
@@ -426,13 +406,11 @@ class ForwardTile:
         info = SeqlenInfo(seq_q.length, seqlen_k, seq_q.start, offset_k)
         return Place(batch, head, first, rows, n * plan.tile_n, thread % 32, info, last_col)
 
-    def kept_signs(self, i: Int32) -> list[list[Int32]]:
-        """Of the i-th block, as drop takes them."""
-        if self.config.plan.drawing_warps:
-            return [unpacked_signs(word) for word in load_shared_v2(self.drawn + 8 * thread_anew())]
-        thread = thread_anew()
-        m_frags, n_frags, _ = self.tSrS.shape
-        return self.dropper(self.number_anew(i), (thread >> 5) * m_frags, thread % 32).all_signs(m_frags, n_frags)
+    def drop(self, tOrP: list, i: Int32) -> list:
+        """What dropout leaves of P of the i-th block."""
+        thread, (m_frags, n_frags, _) = thread_anew(), self.tSrS.shape
+        dropper = self.dropper(self.number_anew(i), (thread >> 5) * m_frags, thread % 32)
+        return drop(tOrP, dropper.all_signs(m_frags, n_frags))
 
     def dropper(self, n: Int32, strip: Int32, lane: Int32) -> Dropper:
         """Of block n and the tile's 16 rows from 16 * strip on."""
@@ -442,58 +420,6 @@ class ForwardTile:
         _, _, carry, _ = load_shared_v4(self.second_note + 16)
         row = first_row + strip * 16
         return Dropper((low, high), threshold, carry, batch, head, row, n * config.plan.tile_n, lane)
-
-    @cute.jit
-    def draw(self):
-        """A drawing warp: which weights stay, for every third or so of the tile's strips of 16 rows, block after block,
-        each as soon as the matrix warp that has the strip has read what the block before keeps."""
-        j = self.first_strip()
-        while self.block_of_strip(j) < read_block_count(self.note):
-            i = self.block_of_strip(j)
-            strip = j - i * self.strips
-            word = self.draw_strip(self.number_anew(i), strip)
-            full, free = self.drawn_barriers(strip >> 1)
-            cute.arch.mbarrier_wait(free, (i & 1) ^ 1)
-            store_shared_b32(self.drawn + 128 * (strip & -2) + 4 * (strip & 1) + 8 * lane_anew(), word)
-            self.arrive(full, None)
-            j = self.next_strip(j)
-
-    @property
-    def strips(self) -> int:
-        """Of the tile: a power of two."""
-        return self.config.plan.tile_m // 16
-
-    def first_strip(self) -> Int32:
-        """That a drawing warp has."""
-        plan = self.config.plan
-        return self.warp - (plan.num_warps + plan.loading_warps - plan.drawing_warps)
-
-    def next_strip(self, j: Int32) -> Int32:
-        """Of the same warp; strips are counted on from block to block, and a warp has the same of each."""
-        after = j + self.config.plan.drawing_warps
-        within = after & self.strips - 1
-        return after - cutlass.select_(within < self.config.plan.drawing_warps, within - self.first_strip(), Int32(0))
-
-    def block_of_strip(self, j: Int32) -> Int32:
-        return j >> self.strips.bit_length() - 1
-
-    def drawn_barriers(self, warp: Int32) -> tuple[cute.Pointer, cute.Pointer]:
-        """(what stays is written, what stays is read) for a matrix warp."""
-        first = self.drawn + self.config.plan.tile_m * self.config.plan.tile_n // 8 + 16 * warp
-        pointer = cute.make_ptr(cutlass.Int64, first, cute.AddressSpace.smem, assumed_align=8)
-        return pointer, pointer + 1
-
-    def draw_strip(self, n: Int32, strip: Int32) -> Int32:
-        """For unpacked_signs: of 64 columns of block n."""
-        first_row, head, batch, _ = load_shared_v4(self.note)
-        _, low, high, _ = load_shared_v4(self.second_note)
-        lane = lane_anew()
-        row = (first_row >> 1) + 8 * strip + lane // 4
-        group = 8 * n + lane % 4
-        words = [philox((group + 4 * half, row, head, batch), (low, high)) for half in range(2)]
-        _, _, _, threshold = load_shared_v4(self.second_note)
-        _, _, carry, _ = load_shared_v4(self.second_note + 16)
-        return packed_signs([compared(group_words, threshold, carry) for group_words in words])
 
     def own_positions(self, at: Positions, thread: Int32) -> list[Int32]:
         """Of the thread's rows."""

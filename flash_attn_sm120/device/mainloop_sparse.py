@@ -102,7 +102,7 @@ class SparseTile(ForwardTile):
             bs_n, bs_next = bs_next, bs_after
 
     def tell_next(self, i: Int32, n: Int32) -> None:
-        """With the i-th tile's K, n of the next: working it out again in each matrix warp would cost several percent."""
+        """With the i-th tile's K, n of the next, so that no matrix warp works it out again."""
         self.tell(i + 1, n)
         self.told(i)
 
