@@ -56,8 +56,6 @@ class Plan:
     way: str = ""  # of loading, in prefill
     note_bytes: int = TILE_NOTE_BYTES
     turn_bytes: int = 0  # of the word that says which of its tiles a block is at
-    drawing_warps: int = 0  # of the loading ones, those that draw dropout's numbers for the matrix warps
-    drawn_bytes: int = 0  # of what they say stays and of its mbarriers, before the notes
 
     @property
     def persistent(self) -> bool:
@@ -102,7 +100,6 @@ class TileRow:
     ways: tuple[str, ...] = WAYS
     persistent: bool = False
     modifiers: tuple[str, ...] = MODIFIERS
-    drawing_warps: int = 0
 
     def serves(self, problem: AttentionProblem, way: str) -> bool:
         fits = problem.head_dim <= self.head_dim and problem.head_dim_v <= self.head_dim_v
@@ -140,7 +137,6 @@ FORWARD_TILES = (
     replace(LARGEST, ways=("cp_async",), copying_warps=4, masks=("full", "causal")),
     replace(LARGEST, ways=("page_boxes",)),
     replace(LARGEST, ways=("tma",), modifiers=("block_sparse",)),
-    replace(LARGEST, ways=("tma",), modifiers=("dropout",), drawing_warps=3),
     *(row for rows in zip(FP8_TILES, COMMON_TILES[2:], strict=True) for row in rows),
     *NARROW_TILES,
 )
@@ -303,18 +299,11 @@ def hands_over_registers(arch: str) -> bool:
     return compute_capability(arch) >= 9
 
 
-def drawn_bits_bytes(plan: Plan | TileRow) -> int:
-    """Of what stays of a block, a bit a weight."""
-    return plan.tile_m * plan.tile_n // 8
-
-
 def _plan_of(row: TileRow, kernel: str, problem: AttentionProblem, way: str, arch: str) -> Plan:
     tile = (row.tile_m, row.tile_n, row.num_warps, row.blocks_per_sm)
     turn_bytes = TURN_BYTES if row.persistent else 0
-    drawn_bytes = drawn_bits_bytes(row) + 16 * row.num_warps if row.drawing_warps else 0  # two mbarriers a warp
-    smem = smem_bytes(problem, row) + turn_bytes + drawn_bytes
+    smem = smem_bytes(problem, row) + turn_bytes
     plan = Plan(kernel, *tile, smem, row.q_in_registers, stages=row.stages, way=way, turn_bytes=turn_bytes)
-    plan = replace(plan, drawing_warps=row.drawing_warps, drawn_bytes=drawn_bytes)
     copying_warps = FP8_COPYING_WARPS if way == "fp8" else row.copying_warps
     plan = replace(plan, copying_warps=copying_warps, note_bytes=note_bytes(problem, row.num_warps))
     if not hands_over_registers(arch):

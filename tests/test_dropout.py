@@ -209,14 +209,6 @@ def test_which_weights_are_kept(head_dim, block_size, device):
         assert torch.equal(kept, expected)
 
 
-@pytest.mark.parametrize("causal", [False, True])
-def test_numbers_of_other_warps(causal, device):
-    """head_dim 128, dense: loading warps draw for the matrix warps. All strips of two tiles, several blocks, and under
-    the causal mask warps that skip some."""
-    q, k, v, _, _ = inputs(device, device.pick(((700, 300), (900, 130)), ((300,), (290,))), heads=(1, 1), head_dim=128)
-    assert_right(q, k, v, dropout_p=0.4, dropout_seed=SEED, causal=causal)
-
-
 def test_kept_weights_are_scaled(device):
     """Each is 1 / (1 - p) times what it is without dropout: 1.11 at p = 0.1."""
     q, k, _, _, _ = inputs(device, ((40,), (64,)), heads=(2, 1), dtype=FP16)

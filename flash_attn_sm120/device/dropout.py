@@ -19,7 +19,6 @@ from flash_attn_sm120.device.ptx import byte_permute, multiply_wide
 from flash_attn_sm120.dropout import MULTIPLIERS, ROUNDS, WEYL
 
 COLUMNS = 32  # that the groups of a warp's lanes make up
-BLOCKS_A_WORD = 8  # of 8 columns
 EVERY_BYTE = 0x01010101
 OWN_BITS, TOP_BITS = 0x7F7F7F7F, 0x80808080 - (1 << 32)
 SECOND_BITS = 0x40404040
@@ -60,45 +59,24 @@ class Dropper:
         for first in range(0, n_frags, COLUMNS // 8):
             group = (self.first_col // COLUMNS + first * 8 // COLUMNS) * 4 + self.lane % 4
             words = philox((group, rows, self.head, self.batch), self.key)
-            found += compared(words, self.threshold, self.carry)
+            drawn = words[0] & TOP_BITS | words[1] >> 1 & SECOND_BITS
+            more = Uint32(drawn) < Uint32(self.carry)
+            threshold = cutlass.select_(more, self.threshold + EVERY_BYTE, self.threshold)
+            # a byte below the threshold borrows its top bit
+            found += [(word & OWN_BITS | TOP_BITS) - threshold for word in words]
         if n_frags * 8 < COLUMNS:
             part = self.first_col % COLUMNS // 8
             found = [cutlass.select_(part == 0, found[n], found[n + n_frags]) for n in range(n_frags)]
         return found[:n_frags]
 
-    def all_signs(self, m_frags: int, n_frags: int) -> list[list[Int32]]:
-        """signs of all rows, before the first is dropped."""
-        return [self.signs(m, n_frags) for m in range(m_frags)]
-
-
-def compared(words: tuple, threshold: Int32, carry: Int32) -> list[Int32]:
-    """Of a group's random words: a byte's top bit is set where the weight stays."""
-    drawn = words[0] & TOP_BITS | words[1] >> 1 & SECOND_BITS
-    threshold = cutlass.select_(Uint32(drawn) < Uint32(carry), threshold + EVERY_BYTE, threshold)
-    # a byte below the threshold borrows its top bit
-    return [(word & OWN_BITS | TOP_BITS) - threshold for word in words]
-
-
-def packed_signs(signs: list[list[Int32]]) -> Int32:
-    """Of two neighbouring groups: the top bits of the j-th word's bytes are j places lower."""
-    packed = None
-    for word in reversed([word for group in signs for word in group]):
-        own = word & TOP_BITS
-        packed = own if packed is None else Int32(Uint32(packed) >> 1) | own
-    return packed
-
-
-def unpacked_signs(packed: Int32) -> list[Int32]:
-    """As signs has them, of packed_signs."""
-    return [packed << j for j in range(BLOCKS_A_WORD)]
-
-
-def drop(tOrP: list, found: list[list[Int32]]) -> list:
-    """What is left of P as update of softmax.py returns it. found: signs of each m."""
-    left = [[list(pairs) for pairs in row] for row in tOrP]
-    for m, row in enumerate(found):
-        for n, word in enumerate(row):
-            for half, signs in enumerate(SIGNS):
-                place = 2 * (n % 2) + half
-                left[m][n // 2][place] = left[m][n // 2][place] & byte_permute(word, word, signs)
-    return left
+    def drop(self, tOrP: list) -> list:
+        """What is left of P as update of softmax.py returns it."""
+        left = [[list(pairs) for pairs in row] for row in tOrP]
+        n_frags = 2 * len(tOrP[0])
+        found = [self.signs(m, n_frags) for m in range(len(tOrP))]  # of all rows before the first is dropped
+        for m, row in enumerate(found):
+            for n, word in enumerate(row):
+                for half, signs in enumerate(SIGNS):
+                    place = 2 * (n % 2) + half
+                    left[m][n // 2][place] = left[m][n // 2][place] & byte_permute(word, word, signs)
+        return left

@@ -16,20 +16,14 @@ from cutlass import Float32, Int32, Int64, cute
 from flash_attn_sm120.arguments import Modifiers, Numbers
 from flash_attn_sm120.device.alibi import add_alibi
 from flash_attn_sm120.device.block_range import BlockRange
-from flash_attn_sm120.device.dropout import Dropper, drop
+from flash_attn_sm120.device.dropout import Dropper
 from flash_attn_sm120.device.epilogue import stage_output, store_lse, store_output
 from flash_attn_sm120.device.fp8 import rows_to_f16
 from flash_attn_sm120.device.fragments import accumulators
 from flash_attn_sm120.device.gemm import pv_product, qk_product
 from flash_attn_sm120.device.mask import apply_bounds, apply_mask
 from flash_attn_sm120.device.mods import Place, SeqlenInfo, apply_mask_mod, apply_score_mod
-from flash_attn_sm120.device.ptx import (
-    lane_anew,
-    load_shared_v4,
-    mbarrier_arrive_after,
-    reciprocal,
-    thread_anew,
-)
+from flash_attn_sm120.device.ptx import lane_anew, load_shared_v4, mbarrier_arrive_after, reciprocal, thread_anew
 from flash_attn_sm120.device.scheduler import (
     Positions,
     Tile,
@@ -137,8 +131,6 @@ class ForwardTile:
                 cute.arch.setmaxregister_decrease(plan.loading_registers)
             if self.copies():
                 self.feed(blocks)
-            elif cutlass.const_expr(plan.drawing_warps):
-                self.draw()
         else:
             if cutlass.const_expr(plan.hands_over_registers):
                 cute.arch.setmaxregister_increase(plan.matrix_registers)
@@ -310,12 +302,8 @@ class ForwardTile:
         """In place of block."""
         stage = self.stage(i)
         self.arrive(stage.bars["k_free"], None)
-        self.wait_for_v(i)
+        stage.wait_for_v()
         self.arrive(stage.bars["v_free"], None)
-
-    def wait_for_v(self, i: Int32) -> None:
-        """Of the i-th block."""
-        self.stage(i).wait_for_v()
 
     def keep_q(self) -> None:
         """Q in registers: reading it anew for each block would bind where a warp has 16 rows."""
@@ -334,7 +322,7 @@ class ForwardTile:
         self.scores(stage.shared, self.bias(place) if problem.biased else None)
         self.arrive(stage.bars["k_free"], self.tSrS)
         self.look_ahead(i)
-        self.wait_for_v(i)
+        stage.wait_for_v()
         self.accumulate(stage.shared, n, i, masked, modded, place)
         self.arrive(stage.bars["v_free"], self.tOrO)
 
@@ -369,7 +357,7 @@ class ForwardTile:
             self.mask(n)
         tOrP = self.softmax.update(self.tSrS, self.tOrO, config.mma_dtype)
         if config.problem.dropout:
-            tOrP = self.drop(tOrP, i)
+            tOrP = self.dropper(self.number_anew(i)).drop(tOrP)
         sV = config.layout_v.matrix(shared, self.lane, config.offset_v)
         pv_product(sV, tOrP, self.tOrO, config.mma_dtype)
 
@@ -406,20 +394,14 @@ class ForwardTile:
         info = SeqlenInfo(seq_q.length, seqlen_k, seq_q.start, offset_k)
         return Place(batch, head, first, rows, n * plan.tile_n, thread % 32, info, last_col)
 
-    def drop(self, tOrP: list, i: Int32) -> list:
-        """What dropout leaves of P of the i-th block."""
-        thread, (m_frags, n_frags, _) = thread_anew(), self.tSrS.shape
-        dropper = self.dropper(self.number_anew(i), (thread >> 5) * m_frags, thread % 32)
-        return drop(tOrP, dropper.all_signs(m_frags, n_frags))
-
-    def dropper(self, n: Int32, strip: Int32, lane: Int32) -> Dropper:
-        """Of block n and the tile's 16 rows from 16 * strip on."""
-        config = self.config
+    def dropper(self, n: Int32) -> Dropper:
+        """Of block n."""
+        thread, config = thread_anew(), self.config
         first_row, head, batch, _ = load_shared_v4(self.note)
         _, low, high, threshold = load_shared_v4(self.second_note)
         _, _, carry, _ = load_shared_v4(self.second_note + 16)
-        row = first_row + strip * 16
-        return Dropper((low, high), threshold, carry, batch, head, row, n * config.plan.tile_n, lane)
+        row = first_row + (thread >> 5) * config.warp_rows
+        return Dropper((low, high), threshold, carry, batch, head, row, n * config.plan.tile_n, thread % 32)
 
     def own_positions(self, at: Positions, thread: Int32) -> list[Int32]:
         """Of the thread's rows."""

@@ -275,12 +275,6 @@ def load_shared_f32(shared: Int32, count: int, *, loc=None, ip=None) -> list[Flo
 
 
 @dsl_user_op
-def store_shared_v2(shared: Int32, values: Sequence[Int32], *, loc=None, ip=None) -> None:
-    operands = [Int32(shared).ir_value(loc=loc, ip=ip)] + [Int32(v).ir_value(loc=loc, ip=ip) for v in values]
-    _asm(None, operands, "st.shared.v2.b32 [$0], {$1, $2};", "r,r,r", volatile=True, loc=loc, ip=ip)
-
-
-@dsl_user_op
 def store_shared_v4(shared: Int32, values: Sequence[Int32], *, loc=None, ip=None) -> None:
     operands = [Int32(shared).ir_value(loc=loc, ip=ip)] + [Int32(v).ir_value(loc=loc, ip=ip) for v in values]
     _asm(None, operands, "st.shared.v4.b32 [$0], {$1, $2, $3, $4};", "r,r,r,r,r", volatile=True, loc=loc, ip=ip)
