@@ -15,10 +15,12 @@ FP8_COPYING_WARPS = 4  # which convert
 WAYS = ("cp_async", "pages", "page_boxes", "fp8", "tma", "strips")
 # Attributes of a problem that take registers from the main loop.
 CHANGES = ("dropout", "score_mod", "mask_mod", "block_sparse")
-MODIFIERS = ("softcap", "sink", "alibi", "chunked", "context_parallel", "k_descale", "v_descale", *CHANGES)
+MODIFIERS = ("softcap", "sink", "alibi", "chunked", "context_parallel", "k_descale", "v_descale")
+MODIFIERS += ("dropout", "rescored", "biased", "mask_mod", "block_sparse")
 MAX_SPLITS = 64  # parts of a sequence in a decode
 TILE_NOTE_BYTES = 48  # what a thread block writes down instead of keeping it in registers, behind the tiles
 SECOND_NOTE_BYTES = 48
+LISTED_BYTES = 16  # numbers of the next listed blocks, behind the notes
 TURN_BYTES = 16  # behind the notes of a block that takes one tile after another
 STRIP_NOTE_BYTES = 64  # of a warp, where two query groups are
 WAY_NOTE_BYTES = 32  # the blocks that the warps of two query groups go over together
@@ -117,7 +119,7 @@ COMMON_TILES = (
     TileRow(256, 256, tile_m=128, tile_n=32, num_warps=8, blocks_per_sm=1, q_in_registers=True),
 )
 # The largest tile that fits its registers is the fastest. 256x64 doesn't with modifiers but lists of blocks that TMA
-# brings, nor where four warps copy and window bounds are held, nor with pages that come by cp.async. Converting 8-bit
+# brings and biases of dense scores, nor where four warps copy and window bounds are held, nor with pages that come by cp.async. Converting 8-bit
 # keys costs the same for 128 rows as for 256, and takes registers. Evidence: benchmarks/NOTES.md, "The largest tile
 # under every mask", "Serving prefill", "Dropout, mods, lists".
 LARGEST = TileRow(128, 128, tile_m=256, tile_n=64, num_warps=8, blocks_per_sm=1, modifiers=())
@@ -148,7 +150,7 @@ FORWARD_TMA_TILES = (
     SMALLEST,
     replace(SMALL, persistent=True),
     replace(LARGEST, persistent=True, masks=("causal",)),
-    LARGEST,
+    replace(LARGEST, modifiers=("biased",)),
     MIDDLE,
     *(replace(row, persistent=True) for row in (*LARGE, NARROW_TILES[-1])),
     NARROW_TILES[-1],
@@ -229,7 +231,7 @@ def note_bytes(problem: AttentionProblem, num_warps: int) -> int:
     if problem.dual_group:
         return num_warps * STRIP_NOTE_BYTES + WAY_NOTE_BYTES
     changed = any(getattr(problem, name) for name in CHANGES)
-    return TILE_NOTE_BYTES + (SECOND_NOTE_BYTES if changed else 0)
+    return TILE_NOTE_BYTES + (SECOND_NOTE_BYTES if changed else 0) + (LISTED_BYTES if problem.block_sparse else 0)
 
 
 # Attributes of a problem that a kernel has no code for.

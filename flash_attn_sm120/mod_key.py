@@ -76,6 +76,8 @@ def mod_of(name: str, function: Any) -> Mod | None:
         token = reader.function(function, by_name=False)
     else:
         token = reader.value(function, name)
+    if Mod("", width, function).bias is not None:
+        token = (token, "bias")
     memo = _Memo(hashlib.sha256(repr((width, token)).encode()).hexdigest(), width, reader)
     _remember(function, memo)
     return Mod(memo.digest, width, function)

@@ -30,6 +30,14 @@ class Mod:
     width: int = 1
     function: Callable | None = field(default=None, compare=False, repr=False)
 
+    @property
+    def bias(self) -> Callable | None:
+        """What a score_mod adds to every score, where it does nothing else and the function offers that: bias(unit,
+        batch, head, q_idx, kv_idx, seqlen_info, aux), of scalars, returns at(row, column), which is `unit` times what
+        the score at q_idx + row, kv_idx + column gets. A copy of it, as functools.wraps makes, doesn't count."""
+        owner, bias = getattr(self.function, "bias", (None, None))
+        return bias if owner is self.function else None
+
 
 @dataclass(frozen=True, slots=True)
 class AttentionProblem:
@@ -128,6 +136,17 @@ class AttentionProblem:
     def modded(self) -> bool:
         """A function of the caller is part of the kernel."""
         return self.score_mod is not None or self.mask_mod is not None
+
+    @property
+    def biased(self) -> bool:
+        """score_mod is done before the products: their sums start with its bias. The scale of scores isn't 0."""
+        scaled = self.kv_dtype or self.k_descale
+        return self.score_mod is not None and self.score_mod.bias is not None and not scaled
+
+    @property
+    def rescored(self) -> bool:
+        """score_mod is done on scores."""
+        return self.score_mod is not None and not self.biased
 
     @property
     def varlen(self) -> bool:

@@ -9,7 +9,7 @@ import pytest
 
 from flash_attn_sm120.dispatch import COMMON_TILES, NARROW_TILES, TILES, can_implement, candidates, choose, plan_for
 from flash_attn_sm120.occupancy import REGISTERS, SHARED_BYTES, SHARED_BYTES_A_BLOCK, SUB_PARTITIONS, occupancy
-from flash_attn_sm120.problem import SPARSE_UNITS, AttentionProblem
+from flash_attn_sm120.problem import MASKS, SPARSE_UNITS, AttentionProblem, Mod
 from flash_attn_sm120.variants import changed_variants, dual_group_variants, variants
 
 HEAD_DIMS = range(8, 257, 8)
@@ -144,6 +144,23 @@ def test_the_problem_refuses_what_no_kernel_is_for():
     for wrong in ({"dtype": "float32"}, {"head_dim": 12}, {"head_dim_v": 264}, {"head_dim": 0}, {"mask": "diagonal"}):
         with pytest.raises(ValueError, match=f"{next(iter(wrong))}: expected"):
             AttentionProblem(**{"dtype": "bfloat16", "head_dim": 64, "head_dim_v": 64, **wrong})
+
+
+def test_what_the_largest_tile_serves():
+    """A bias alone; lists alone."""
+
+    def first(**features):
+        return candidates(AttentionProblem("bfloat16", 128, 128, **features))[0]
+
+    other = Mod("other", 1, lambda *_: None)
+    biased = Mod("biased", 1, lambda *_: None)
+    biased.function.bias = (biased.function, lambda *_: None)
+    for mask in MASKS:
+        for features in ({"score_mod": biased}, {"sparse_block": (256, 64)}):
+            plan = first(mask=mask, **features)
+            assert (plan.tile_m, plan.tile_n) == (256, 64)
+    for features in ({"score_mod": other}, {"score_mod": biased, "mask_mod": other}):
+        assert first(**features).tile_m == 128
 
 
 def test_all_plans_of_a_problem_take_the_same_arguments():

@@ -17,6 +17,7 @@ from mod_kernel import Info
 
 from flash_attn_sm120 import mods
 from flash_attn_sm120.mod_key import mod_of
+from flash_attn_sm120.problem import AttentionProblem
 
 BATCH, HEADS, TOTAL = 2, 3, 200
 # Rows and columns: more of either, one of each, more columns than a warp's vectors of eight; offsets of a packed batch.
@@ -192,6 +193,27 @@ def test_vectors_share_what_they_need(folder):
     # A mask that is one comparison stays one; the row's end is counted once.
     ptx = artifact("prefix_lm", 8, folder).artifacts.PTX
     assert ptx.count("max.s32") == 1
+
+
+def test_a_bias_is_that_of_the_function_itself():
+    """Sums start with alibi's bias; a function made of it, or with its code alone, is called on scores."""
+    alibi = mods.alibi()
+
+    @functools.wraps(alibi)
+    def doubled(*args):
+        return alibi(*args) * 2.0
+
+    copied = type(alibi)(alibi.__code__, alibi.__globals__, closure=alibi.__closure__)
+    own, *others = (mod_of("score_mod", function) for function in (alibi, doubled, copied))
+    assert len({mod.digest for mod in (own, *others)}) == 3
+    made = {"dtype": "bfloat16", "head_dim": 128, "head_dim_v": 128, "aux": (("float32", 1),)}
+    for mod, extra, biased in (
+        (own, {}, True),
+        *((mod, {}, False) for mod in others),
+        (own, {"k_descale": True}, False),
+    ):
+        problem = AttentionProblem(score_mod=mod, **made, **extra)
+        assert (problem.biased, problem.rescored) == (biased, not biased)
 
 
 # What can be chosen, each choice different from the first.

@@ -2,17 +2,31 @@
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Callable
+
 from cutlass import Float32, cute
 
 from flash_attn_sm120.device.ptx import mma_m16n8k16
 from flash_attn_sm120.device.tile import SharedMatrix
 
 
-def qk_product(tSrQ: cute.Tensor | None, sQ: SharedMatrix, sK: SharedMatrix, tSrS: cute.Tensor, dtype: str) -> None:
+def qk_product(
+    tSrQ: cute.Tensor | None,
+    sQ: SharedMatrix,
+    sK: SharedMatrix,
+    tSrS: cute.Tensor,
+    dtype: str,
+    bias: Callable | None = None,
+) -> None:
     """tSrS = Q K^T of one warp, accumulators (m_frags, tile_n / 8, 4); sQ starts at the warp's first row. tSrQ
-    (m_frags, columns / 16, 4): Q's first columns, where registers hold them."""
+    (m_frags, columns / 16, 4): Q's first columns, where registers hold them. bias: (row, column) of the thread's part
+    -> what is added, which sums start with."""
     m_frags, n_frags, _ = tSrS.shape
     acc = [[[Float32(0.0)] * 4 for _ in range(n_frags)] for _ in range(m_frags)]
+    if bias is not None:
+        for m, n in itertools.product(range(m_frags), range(n_frags)):
+            acc[m][n] = [bias(16 * m + 8 * (i // 2), 8 * n + i % 2) for i in range(4)]
     for col in range(0, sK.layout.cols, 16):
         if tSrQ is not None and col // 16 < tSrQ.shape[1]:
             a = [[tSrQ[m, col // 16, i] for i in range(4)] for m in range(m_frags)]

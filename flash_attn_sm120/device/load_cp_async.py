@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from cutlass import Int32, Int64, cute
 
 from flash_attn_sm120.device.block_range import BlockRange
@@ -72,12 +74,14 @@ class CpAsyncLoader(QueryLoader):
         page = self.keys.page_number(n)
         self.keys.hold(page, page)
 
-    def load_listed(self, n: Int32, following: Int32, stage: Stage) -> None:
-        """K and V of tile n, each of which may go beyond the sequence; `following` comes next."""
+    def load_listed(self, n: Int32, following: Int32, stage: Stage, told: Callable[[], None]) -> None:
+        """K and V of tile n, each of which may go beyond the sequence; `following` comes next. told: what is to be done
+        once K has room."""
         page = self.keys.turn(following)
         stage.wait_for_k_room()
         self.keys.load_k(stage.shared + self.config.offset_k, n, page)
         cute.arch.cp_async_mbarrier_arrive_noinc(stage.bars["k_full"])
+        told()
         stage.wait_for_v_room()
         self.keys.load_v(stage.shared + self.config.offset_v, n, page)
         cute.arch.cp_async_mbarrier_arrive_noinc(stage.bars["v_full"])

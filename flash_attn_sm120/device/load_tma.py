@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import cutlass
@@ -91,8 +92,9 @@ class TmaLoader:
     def start_list(self, n: Int32) -> None:
         """Nothing is to be known of the first listed tile."""
 
-    def load_listed(self, n: Int32, following: Int32, stage: Stage) -> None:
+    def load_listed(self, n: Int32, following: Int32, stage: Stage, told: Callable[[], None]) -> None:
         self.load_k(n, stage)
+        told()
         self.load_v(n, stage)
 
     def load_q(self, barrier: cute.Pointer) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections.abc import Callable
 
 import cutlass
 from cutlass import Float32, Int32, Int64, cute
@@ -22,7 +23,7 @@ from flash_attn_sm120.device.fragments import accumulators
 from flash_attn_sm120.device.gemm import pv_product, qk_product
 from flash_attn_sm120.device.mask import apply_bounds, apply_mask
 from flash_attn_sm120.device.mods import Place, SeqlenInfo, apply_mask_mod, apply_score_mod
-from flash_attn_sm120.device.ptx import lane_anew, load_shared_v4, mbarrier_arrive_after, thread_anew
+from flash_attn_sm120.device.ptx import lane_anew, load_shared_v4, mbarrier_arrive_after, reciprocal, thread_anew
 from flash_attn_sm120.device.scheduler import (
     Positions,
     Tile,
@@ -91,7 +92,7 @@ class ForwardTile:
     def softmax_scales(self) -> list[Float32]:
         """What softmax multiplies scores by: 1 where they have got their scale before."""
         problem = self.config.problem
-        if problem.score_mod is not None:
+        if problem.rescored:
             return [Float32(math.log2(math.e))] * len(self.scales)
         return [Float32(1.0)] * len(self.scales) if problem.softcap or problem.alibi else self.scales
 
@@ -162,7 +163,12 @@ class ForwardTile:
         for stage in map(self.stage, range(self.config.plan.stages)):
             for name, barrier in stage.bars.items():
                 full = name.endswith("full")
-                cute.arch.mbarrier_init(barrier, self.loader.arrivals if full else self.config.plan.num_warps)
+                count = self.loader.arrivals + self.notices(name) if full else self.config.plan.num_warps
+                cute.arch.mbarrier_init(barrier, count)
+
+    def notices(self, barrier: str) -> int:
+        """Arrivals beside those of the loads."""
+        return 0
 
     @property
     def q_arrivals(self) -> int:
@@ -250,11 +256,15 @@ class ForwardTile:
     @property
     def is_roomy(self) -> bool:
         """Whether O, S and Q leave registers for more."""
+        return not self.fills_registers and self.config.plan.note_bytes == TILE_NOTE_BYTES
+
+    @property
+    def fills_registers(self) -> bool:
+        """Whether O, S and Q alone do."""
         config = self.config
         q_columns = min(config.layout_q.cols, Q_COLUMNS_KEPT) // 2 if config.plan.q_in_registers else 0
         columns = config.layout_v.cols + config.plan.tile_n + q_columns
-        changed = config.plan.note_bytes > TILE_NOTE_BYTES
-        return columns * config.warp_rows // 32 <= ROOMY and not changed
+        return columns * config.warp_rows // 32 > ROOMY
 
     def count_anew(self, count: Int32) -> Int32:
         """Of blocks, from memory where the tile leaves it no register."""
@@ -309,7 +319,7 @@ class ForwardTile:
         if problem.block_sparse and (masked or problem.modded or problem.alibi or problem.dropout):
             n = self.number_anew(i)
         place = self.place(n, masked) if problem.modded else None  # before the products, which hide it
-        self.scores(stage.shared)
+        self.scores(stage.shared, self.bias(place) if problem.biased else None)
         self.arrive(stage.bars["k_free"], self.tSrS)
         self.look_ahead(i)
         stage.wait_for_v()
@@ -319,10 +329,11 @@ class ForwardTile:
     def look_ahead(self, i: Int32) -> None:
         """While block i is worked on: nothing, as the one before it comes next."""
 
-    def scores(self, shared: Int32) -> None:
+    def scores(self, shared: Int32, bias: Callable | None) -> None:
+        """bias: of the thread's part of the block, as Mod.bias returns it."""
         config = self.config
         sK = config.layout_k.matrix(shared, self.lane, config.offset_k, rows_first=False)
-        qk_product(self.tSrQ, self.matrix_q(), sK, self.tSrS, config.mma_dtype)
+        qk_product(self.tSrQ, self.matrix_q(), sK, self.tSrS, config.mma_dtype, bias)
 
     def q_rows_anew(self) -> Int32:
         """q_rows, where no register is to hold it."""
@@ -356,10 +367,18 @@ class ForwardTile:
 
     def apply_mods(self, place: Place, modded: bool) -> None:
         problem, aux = self.config.problem, self.modifiers.aux or ()
-        if problem.score_mod is not None:
+        if problem.rescored:
             apply_score_mod(self.tSrS, problem.score_mod, self.scales, place, aux)
         if problem.mask_mod is not None and modded:
             apply_mask_mod(self.tSrS, problem.mask_mod, place, aux)
+
+    def bias(self, place: Place) -> Callable:
+        """Of the thread's scores, which get their scale from softmax."""
+        unit, aux = reciprocal(self.scales[0]) * math.log2(math.e), self.modifiers.aux or ()
+        first_col = place.first_col + 2 * (place.lane % 4)
+        return self.config.problem.score_mod.bias(
+            unit, place.batch, place.head, place.first_row, first_col, place.info, aux
+        )
 
     def place(self, n: Int32, masked: bool) -> Place:
         """Of the thread's part of block n. What mods read is read where rows and columns exist."""
@@ -373,7 +392,7 @@ class ForwardTile:
             rows = [cutlass.min(row, seq_q.length - 1) for row in rows]
             last_col = seqlen_k - 1 if masked else None
         info = SeqlenInfo(seq_q.length, seqlen_k, seq_q.start, offset_k)
-        return Place(batch, head, rows, n * plan.tile_n, thread % 32, info, last_col)
+        return Place(batch, head, first, rows, n * plan.tile_n, thread % 32, info, last_col)
 
     def dropper(self, n: Int32) -> Dropper:
         """Of block n."""

@@ -10,9 +10,20 @@ from cutlass import Int32, Int64, cute
 
 from flash_attn_sm120.device.block_range import BlockRange
 from flash_attn_sm120.device.mainloop import ForwardTile
-from flash_attn_sm120.device.ptx import load_global_b32, load_global_b32_if, load_shared_v4
+from flash_attn_sm120.device.ptx import (
+    lane_anew,
+    load_global_b32,
+    load_global_b32_if,
+    load_shared_b32,
+    load_shared_v4,
+    store_shared_b32,
+)
 from flash_attn_sm120.device.scheduler import read_blocks
 from flash_attn_sm120.device.seqlen import clamp, divide
+from flash_attn_sm120.device.tile import SharedMatrix
+from flash_attn_sm120.dispatch import LISTED_BYTES
+
+EDGE = 1 << 30  # beside a tile's number: it is at an edge of what may be seen
 
 
 class SparseTile(ForwardTile):
@@ -59,7 +70,7 @@ class SparseTile(ForwardTile):
         return clamp(block, Int32(0), divide(seqlen_k + (cols - 1), cols)) * self.tiles_a_block
 
     def number_anew(self, i: Int32) -> Int32:
-        return self.number(i)
+        return load_shared_b32(self.told_at(i)) & (EDGE - 1)
 
     def counts(self) -> tuple[Int32, Int32]:
         """(tiles of the mask list, of the full list) as write_note wrote them."""
@@ -74,18 +85,46 @@ class SparseTile(ForwardTile):
             bs_address = cutlass.select_(mask_tiles > 0, mask_at, full_at)
             bs_n = self.first_tile(load_global_b32(bs_address), self.seq_k.length)
             self.loader.start_list(bs_n)
-            self.loader.load_listed(bs_n, bs_n, self.stage(0))
+            self.loader.load_listed(bs_n, bs_n, self.stage(0), lambda: None)
 
     @cute.jit
     def feed(self, blocks: BlockRange):
         """A loading warp. The next tile's number is on its way while it waits for room."""
         mask_tiles, full_tiles = self.counts()
-        bs_n = self.number(Int32(1))
+        bs_n, bs_next = self.number(Int32(1)), self.number(Int32(2))
         self.loader.start_list(bs_n)
+        self.tell(Int32(0), self.number(Int32(0)))
+        self.tell(Int32(1), bs_n)
+        self.told(Int32(0))
         for i in cutlass.range(1, mask_tiles + full_tiles, unroll=1):
-            bs_next = self.number(i + 1)
-            self.loader.load_listed(bs_n, bs_next, self.stage(i))
-            bs_n = bs_next
+            bs_after = self.number(i + 2)
+            self.loader.load_listed(bs_n, bs_next, self.stage(i), lambda i=i, n=bs_next: self.tell_next(i, n))
+            bs_n, bs_next = bs_next, bs_after
+
+    def tell_next(self, i: Int32, n: Int32) -> None:
+        """With the i-th tile's K, n of the next, so that no matrix warp works it out again."""
+        self.tell(i + 1, n)
+        self.told(i)
+
+    @cute.jit
+    def tell(self, i: Int32, n: Int32):
+        """Writes down the i-th tile's number for the matrix warps."""
+        blocks = read_blocks(self.note)
+        edge = (n >= blocks.right_edge) | (n < blocks.left_edge)
+        if (self.warp == self.config.plan.num_warps) & (self.lane == 0):
+            store_shared_b32(self.told_at(i), n | cutlass.select_(edge, Int32(EDGE), Int32(0)))
+
+    @cute.jit
+    def told(self, i: Int32):
+        if self.warp == self.config.plan.num_warps:
+            self.arrive(self.stage(i).bars["k_full"], None)
+
+    def told_at(self, i: Int32) -> Int32:
+        """Where the i-th tile's number lies until the third one after it has room."""
+        return self.note + (self.config.plan.note_bytes - LISTED_BYTES) + (i & 3) * 4
+
+    def notices(self, barrier: str) -> int:
+        return super().notices(barrier) + (barrier == "k_full")
 
     @cute.jit
     def multiply(self):
@@ -98,7 +137,8 @@ class SparseTile(ForwardTile):
                 self.block(None, bs_i, True, True)
                 bs_i = bs_i + 1
         self.at_edge = cute.make_rmem_tensor((1,), Int32)
-        self.look_ahead(bs_i - 1)
+        blocks, bs_n = read_blocks(self.note), self.number(bs_i)
+        self.at_edge[0] = Int32((bs_n >= blocks.right_edge) | (bs_n < blocks.left_edge))
         while bs_i < self.counts()[0] + self.counts()[1]:
             self.stage(bs_i).wait_for_k()
             if self.at_edge[0] != 0:
@@ -109,8 +149,17 @@ class SparseTile(ForwardTile):
         self.stop_multiplying()
 
     def look_ahead(self, i: Int32) -> None:
-        """Finds out, while the i-th block is worked on, whether the next is at an edge: lists take time to be read."""
-        if self.at_edge is None:  # in the mask list it makes no difference
-            return
-        blocks, n = read_blocks(self.note), self.number(i + 1)
-        self.at_edge[0] = Int32((n >= blocks.right_edge) | (n < blocks.left_edge))
+        """While the i-th block is worked on: whether the next is at an edge."""
+        if self.at_edge is not None:  # in the mask list it makes no difference
+            self.at_edge[0] = load_shared_b32(self.told_at(i + 1)) & EDGE
+
+    def matrix_q(self) -> SharedMatrix:
+        """Where no register is left to hold it, the place of the thread's rows is found anew."""
+        if not self.fills_registers:
+            return super().matrix_q()
+        return self.config.layout_q.matrix(self.q_rows_anew(), lane_anew())
+
+    @property
+    def elects(self) -> bool:
+        """Not where registers are short: ptxas keeps what it elects with."""
+        return super().elects and not self.fills_registers

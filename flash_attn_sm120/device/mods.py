@@ -20,11 +20,12 @@ from flash_attn_sm120.problem import Mod
 
 
 class Place(NamedTuple):
-    """Where a thread's part of a block lies. q_idx: of its rows, 8 apart; first_col: of the block; last_col: that a
-    mod may be asked for, where the block may go beyond the sequence."""
+    """Where a thread's part of a block lies. first_row: of its rows, 8 apart; q_idx: the rows that mods are asked for;
+    first_col: of the block; last_col: that a mod may be asked for, where the block may go beyond the sequence."""
 
     batch: Int32
     head: Int32
+    first_row: Int32
     q_idx: list[Int32]
     first_col: Int32
     lane: Int32

@@ -164,6 +164,12 @@ def store_shared_b32(shared: Int32, value: Int32, *, loc=None, ip=None) -> None:
 
 
 @dsl_user_op
+def load_shared_b32(shared: Int32, *, loc=None, ip=None) -> Int32:
+    operand = Int32(shared).ir_value(loc=loc, ip=ip)
+    return Int32(_asm(T.i32(), [operand], "ld.shared.b32 $0, [$1];", "=r,r", volatile=True, loc=loc, ip=ip))
+
+
+@dsl_user_op
 def load_shared_v4(shared: Int32, *, loc=None, ip=None) -> list[Int32]:
     struct = llvm.StructType.get_literal([T.i32()] * 4)
     operand = Int32(shared).ir_value(loc=loc, ip=ip)

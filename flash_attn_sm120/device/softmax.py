@@ -50,7 +50,7 @@ def apply_softcap(tSrS: cute.Tensor, inner_scales: list[Float32], cap_scale: Flo
 def in_base_2(problem: AttentionProblem, numbers: Numbers) -> Numbers:
     """softmax_scale becomes what a raw score is multiplied by, softcap the cap_scale of apply_softcap; neither where a
     score_mod wants natural units."""
-    if problem.score_mod is not None:
+    if problem.rescored:
         return numbers
     scale = numbers.softmax_scale * math.log2(math.e)
     if not problem.softcap:

@@ -16,13 +16,16 @@ from flash_attn_sm120.device.mods import vector
 VEC_SIZES = (1, 2, 4, 8)
 
 
-def finished(function: Any, in_torch: Callable | None, vec_size: int) -> Callable:
-    """The function with the attributes that a kernel (__vec_size__) and the reference (in_torch) look for."""
+def finished(function: Any, in_torch: Callable | None, vec_size: int, bias: Callable | None = None) -> Callable:
+    """The function with the attributes that a kernel (__vec_size__, bias) and the reference (in_torch) look for. bias:
+    see Mod."""
     if type(vec_size) is not int or vec_size not in VEC_SIZES:
         refuse("vec_size", f"one of {VEC_SIZES}", describe(vec_size))
     function.__vec_size__ = vec_size
     if in_torch is not None:
         function.in_torch = in_torch
+    if bias is not None:
+        function.bias = (function, bias)
     return function
 
 

@@ -17,7 +17,7 @@ from cutlass import Float32, Int32, cute
 
 from flash_attn_sm120.checks import check_flag
 from flash_attn_sm120.device.mods import vector
-from flash_attn_sm120.device.ptx import exp2, reciprocal
+from flash_attn_sm120.device.ptx import absolute, exp2, reciprocal
 from flash_attn_sm120.mods.parts import column_numbers, finished, index_of, positive, shift
 
 
@@ -37,12 +37,18 @@ def alibi(*, per_batch: bool = False, aux: int = 0, vec_size: int = 1) -> Callab
         distance = cute.math.absf(column_numbers(kv_idx, vec_size) - position)
         return cute.math.fma(distance, cute.full_like(distance, -slope), score)
 
+    def bias(unit, batch, head, q_idx, kv_idx, seqlen_info, aux_tensors):
+        slopes = aux_tensors[aux]
+        slope = Float32(slopes[batch, head] if per_batch else slopes[head]) * -unit
+        ahead = Float32(kv_idx - q_idx - shift(seqlen_info))
+        return lambda row, column: slope * absolute(ahead + float(column - row))
+
     def in_torch(score, batch, head, q_idx, kv_idx, seqlen_info, aux_tensors):
         slopes = aux_tensors[aux].float()
         slope = slopes[batch, head] if per_batch else slopes[head]
         return score - slope * (q_idx + shift(seqlen_info) - kv_idx).abs()
 
-    return finished(score_mod, in_torch, vec_size)
+    return finished(score_mod, in_torch, vec_size, bias)
 
 
 def relative_bias(*, aux: int = 0, vec_size: int = 1) -> Callable:
