@@ -11,7 +11,8 @@ from flash_attn_sm120.decode_plan import decode_memory, decode_row
 from flash_attn_sm120.problem import ELEMENT_BYTES, MASKS, AttentionProblem, CombineProblem, padded
 
 FP8_COPYING_WARPS = 4  # which convert
-# How a prefill kernel's tiles come into shared memory; strips: by cp.async, Q by the warps that have its rows.
+# How a prefill kernel's tiles come into shared memory; strips: by cp.async, Q by the warps that have its rows. One more
+# is fp8_boxes, which one tile has code for.
 WAYS = ("cp_async", "pages", "page_boxes", "fp8", "tma", "strips")
 # Attributes of a problem that take registers from the main loop.
 CHANGES = ("dropout", "score_mod", "mask_mod", "block_sparse")
@@ -54,6 +55,7 @@ class Plan:
     way: str = ""  # of loading, in prefill
     note_bytes: int = TILE_NOTE_BYTES
     turn_bytes: int = 0  # of the word that says which of its tiles a block is at
+    loader_barriers: int = 0  # mbarriers of the loading warps' own
 
     @property
     def persistent(self) -> bool:
@@ -77,7 +79,12 @@ class Plan:
     @property
     def barrier_offset(self) -> int:
         """Where the mbarriers lie."""
-        return self.smem_bytes - barrier_bytes(self.stages)
+        return self.loader_barrier_offset - barrier_bytes(self.stages)
+
+    @property
+    def loader_barrier_offset(self) -> int:
+        """Where those of the loading warps' own lie."""
+        return self.smem_bytes - 8 * self.loader_barriers
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,6 +141,7 @@ FORWARD_TILES = (
     *COMMON_TILES[:2],
     replace(LARGEST, ways=("cp_async",), copying_warps=4, masks=("full", "causal")),
     replace(LARGEST, ways=("page_boxes",)),
+    replace(LARGEST, ways=("fp8_boxes",), modifiers=("k_descale", "v_descale")),
     replace(LARGEST, ways=("tma",), modifiers=("block_sparse",)),
     *(row for rows in zip(FP8_TILES, COMMON_TILES[2:], strict=True) for row in rows),
     *NARROW_TILES,
@@ -180,6 +188,7 @@ REGISTERS = {
     ("fp8", 4, 64): (40, 216),
     ("fp8", 8, 16): (40, 232),
     ("fp8", 8, 32): (40, 232),
+    ("fp8_boxes", 8, 64): (24, 240),
     ("strips", 4, 32): (32, 224),
     ("strips", 4, 64): (32, 224),
     ("strips", 8, 32): (40, 232),
@@ -197,14 +206,20 @@ def loading_way(kernel: str, problem: AttentionProblem, arch: str) -> str:
         return "tma"
     if kernel == "dual_group":
         return "strips"
-    if problem.kv_dtype:
-        return "fp8"
     boxes = fits_tensor_maps(problem, arch)
+    if problem.kv_dtype:
+        return "fp8_boxes" if boxes and fits_bytes(problem) else "fp8"
     if problem.paged:
         return "page_boxes" if boxes and not problem.block_sparse else "pages"
     # what TMA brings behind a sequence's end is zeros only where that is the tensor's
     dense = not any(getattr(problem, name) for name in ("varlen", *SERVING))
     return "tma" if boxes and dense and any(getattr(problem, name) for name in SPARSE) else "cp_async"
+
+
+def fits_bytes(problem: AttentionProblem) -> bool:
+    """Whether 8-bit rows of a pool fill a chunk of a tile each, and the kernel that takes them as bytes has a tile."""
+    modified = any(getattr(problem, name) for name in MODIFIERS if name not in ("k_descale", "v_descale"))
+    return problem.paged and problem.head_dim == problem.head_dim_v == 128 and not modified
 
 
 def fits_tensor_maps(problem: AttentionProblem, arch: str) -> bool:
@@ -300,9 +315,11 @@ def hands_over_registers(arch: str) -> bool:
 def _plan_of(row: TileRow, kernel: str, problem: AttentionProblem, way: str, arch: str) -> Plan:
     tile = (row.tile_m, row.tile_n, row.num_warps, row.blocks_per_sm)
     turn_bytes = TURN_BYTES if row.persistent else 0
-    smem = smem_bytes(problem, row) + turn_bytes
+    loader_barriers = FP8_COPYING_WARPS if way == "fp8_boxes" else 0
+    smem = smem_bytes(problem, row) + turn_bytes + 8 * loader_barriers
     plan = Plan(kernel, *tile, smem, row.q_in_registers, stages=row.stages, way=way, turn_bytes=turn_bytes)
-    copying_warps = FP8_COPYING_WARPS if way == "fp8" else row.copying_warps
+    plan = replace(plan, loader_barriers=loader_barriers)
+    copying_warps = FP8_COPYING_WARPS if way in ("fp8", "fp8_boxes") else row.copying_warps
     plan = replace(plan, copying_warps=copying_warps, note_bytes=note_bytes(problem, row.num_warps))
     if not hands_over_registers(arch):
         return replace(plan, blocks_per_sm=1)

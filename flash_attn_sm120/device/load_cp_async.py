@@ -37,6 +37,7 @@ class QueryLoader:
 class CpAsyncLoader(QueryLoader):
     """Q, and the tiles of its KV head, from tensors in any layout or from the pages of a pool."""
 
+    converts = False
     starts_early = True  # begin may run before the block's warps have met, and load_k and load_v start one block on
 
     def __init__(

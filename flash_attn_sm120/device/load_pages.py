@@ -100,14 +100,18 @@ class PageLoader(CpAsyncLoader):
         return load_global_b32_if(keys.table + Int64(index) * 4, Int32(needed))
 
     def _load(self, boxes: PagedBoxes, n: Int32, shared: Int32, barrier: cute.Pointer) -> None:
-        keys, layout = self.keys, boxes.layout
-        self._arrive(barrier, self.own_rows * layout.row_bytes * layout.chunks)
+        self._arrive(barrier, self.own_rows * boxes.layout.row_bytes * boxes.layout.chunks)
+        self._start(boxes, n, shared, barrier)
+
+    def _start(self, boxes: PagedBoxes, n: Int32, shared: Int32, barrier: cute.Pointer) -> None:
+        """The warp's boxes of tile n."""
+        keys = self.keys
         for j in range(self.count):
             row = self._first_row() + j * boxes.rows
             key = n * keys.tile_n + row
             page = clamp(cute.arch.shuffle_sync(self.page[0], j), Int32(0), keys.num_pages - 1)
             in_page = key - divide(key, keys.page_size) * keys.page_size
-            boxes.load(shared + row * layout.row_bytes, self.head_kv, page, in_page // boxes.rows, barrier)
+            boxes.load(shared + row * boxes.layout.row_bytes, self.head_kv, page, in_page // boxes.rows, barrier)
 
     @cute.jit
     def _arrive(self, barrier: cute.Pointer, size: cutlass.Constexpr):

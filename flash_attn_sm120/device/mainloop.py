@@ -129,7 +129,10 @@ class ForwardTile:
             if cutlass.const_expr(plan.hands_over_registers):
                 cute.arch.setmaxregister_decrease(plan.loading_registers)
             if self.copies():
-                self.feed(blocks)
+                if cutlass.const_expr(self.loader.converts):
+                    self.loader.feed(self.stage(0))
+                else:
+                    self.feed(blocks)
         else:
             if cutlass.const_expr(plan.hands_over_registers):
                 cute.arch.setmaxregister_increase(plan.matrix_registers)
@@ -163,6 +166,9 @@ class ForwardTile:
             for name, barrier in stage.bars.items():
                 full = name.endswith("full")
                 cute.arch.mbarrier_init(barrier, self.loader.arrivals if full else self.config.plan.num_warps)
+        first = cute.recast_ptr(cute.arch.get_dyn_smem(cutlass.Uint8, alignment=1024), dtype=cutlass.Int64)
+        for i in range(self.config.plan.loader_barriers):
+            cute.arch.mbarrier_init(first + (self.config.plan.loader_barrier_offset // 8 + i), 1)
 
     @property
     def q_arrivals(self) -> int:
@@ -425,7 +431,7 @@ class ForwardTile:
         config = self.config
         problem = config.problem
         first_row, head, batch, seq_q = read_tile_note(self.note, problem.packed_q)
-        row = first_row + self.warp_row
+        row = first_row + self.stored_row()
         constant = -0.5 * self.cap_scale if problem.softcap else 0.0
         sink = None
         if problem.sink:
@@ -443,6 +449,13 @@ class ForwardTile:
         if mLSE is not None:
             place = (head, batch, seq_q.start, row)
             store_lse(mLSE, problem.packed_q, *place, lses, self.lane, rows_left)
+
+    def stored_row(self) -> Int32:
+        """The warp's first in the tile, anew where O and S leave no register to hold it through the loop."""
+        config = self.config
+        if self.is_roomy or config.plan.note_bytes > TILE_NOTE_BYTES:
+            return self.warp_row
+        return (thread_anew() >> 5) * config.warp_rows
 
     def store_rows(self, factors: list[Float32], glob: Int64, stride: Int32, rows_left: Int32) -> None:
         """The warp's O, times `factors`, by way of shared memory; glob: of its first row."""
