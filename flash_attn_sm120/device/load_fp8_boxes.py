@@ -24,7 +24,6 @@ from flash_attn_sm120.device.ptx import (
 from flash_attn_sm120.device.scheduler import read_block_count, read_blocks
 from flash_attn_sm120.device.seqlen import clamp, divide
 from flash_attn_sm120.device.stage import Stage
-from flash_attn_sm120.device.tile import TileLayout
 
 UNIT_BYTES = 16
 ROWS_A_PASS = 8  # of a warp: four lanes a row, a unit of a half each
