@@ -56,6 +56,7 @@ class Plan:
     note_bytes: int = TILE_NOTE_BYTES
     turn_bytes: int = 0  # of the word that says which of its tiles a block is at
     loader_barriers: int = 0  # mbarriers of the loading warps' own
+    aim_bytes: int = 0  # of the addresses of what the loading warps convert next
 
     @property
     def persistent(self) -> bool:
@@ -84,7 +85,12 @@ class Plan:
     @property
     def loader_barrier_offset(self) -> int:
         """Where those of the loading warps' own lie."""
-        return self.smem_bytes - 8 * self.loader_barriers
+        return self.aim_offset - 8 * self.loader_barriers
+
+    @property
+    def aim_offset(self) -> int:
+        """Where the addresses lie."""
+        return self.smem_bytes - self.aim_bytes
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,7 +146,7 @@ NARROW_TILES = tuple(
 FORWARD_TILES = (
     *COMMON_TILES[:2],
     replace(LARGEST, ways=("cp_async",), copying_warps=4, masks=("full", "causal")),
-    replace(LARGEST, ways=("page_boxes",)),
+    replace(LARGEST, ways=("page_boxes",), copying_warps=4),
     replace(LARGEST, ways=("fp8_boxes",), modifiers=("k_descale", "v_descale")),
     replace(LARGEST, ways=("tma",), modifiers=("block_sparse",)),
     *(row for rows in zip(FP8_TILES, COMMON_TILES[2:], strict=True) for row in rows),
@@ -315,10 +321,10 @@ def hands_over_registers(arch: str) -> bool:
 def _plan_of(row: TileRow, kernel: str, problem: AttentionProblem, way: str, arch: str) -> Plan:
     tile = (row.tile_m, row.tile_n, row.num_warps, row.blocks_per_sm)
     turn_bytes = TURN_BYTES if row.persistent else 0
-    loader_barriers = FP8_COPYING_WARPS if way == "fp8_boxes" else 0
-    smem = smem_bytes(problem, row) + turn_bytes + 8 * loader_barriers
+    loader_barriers, aim_bytes = (FP8_COPYING_WARPS, 2048) if way == "fp8_boxes" else (0, 0)
+    smem = smem_bytes(problem, row) + turn_bytes + 8 * loader_barriers + aim_bytes
     plan = Plan(kernel, *tile, smem, row.q_in_registers, stages=row.stages, way=way, turn_bytes=turn_bytes)
-    plan = replace(plan, loader_barriers=loader_barriers)
+    plan = replace(plan, loader_barriers=loader_barriers, aim_bytes=aim_bytes)
     copying_warps = FP8_COPYING_WARPS if way in ("fp8", "fp8_boxes") else row.copying_warps
     plan = replace(plan, copying_warps=copying_warps, note_bytes=note_bytes(problem, row.num_warps))
     if not hands_over_registers(arch):

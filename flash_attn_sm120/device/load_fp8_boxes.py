@@ -79,9 +79,9 @@ class Fp8BoxLoader(PageLoader):
             cute.arch.mbarrier_arrive_and_expect_tx(barrier, self.own_rows * layout.row_bytes)
         cute.arch.sync_warp()
         if is_v == 0:
-            self._start(self.boxes_k, n, shared + layout.chunk_bytes, barrier)
+            self._start(self.boxes_k, self._places(n), shared + layout.chunk_bytes, barrier)
         else:
-            self._start(self.boxes_v, n, shared + layout.chunk_bytes, barrier)
+            self._start(self.boxes_v, self._places(n), shared + layout.chunk_bytes, barrier)
         cute.arch.mbarrier_wait(barrier, is_v)
         self._convert(layout, shared, n)
 

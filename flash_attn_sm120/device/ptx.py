@@ -90,6 +90,13 @@ def mma_m16n8k16(
 
 
 @dsl_user_op
+def cp_async_arrive(shared: Int32, *, loc=None, ip=None) -> None:
+    """An arrival at the mbarrier once the lane's copies have landed; it raises what the phase waits for by itself."""
+    operand = Int32(shared).ir_value(loc=loc, ip=ip)
+    _asm(None, [operand], "cp.async.mbarrier.arrive.shared.b64 [$0];", "r", volatile=True, loc=loc, ip=ip)
+
+
+@dsl_user_op
 def pack_pair(low: Float32, high: Float32, dtype: str, *, loc=None, ip=None) -> Int32:
     """Two float32 rounded to nearest even, low in bits 0-15."""
     operands = [Float32(high).ir_value(loc=loc, ip=ip), Float32(low).ir_value(loc=loc, ip=ip)]
@@ -204,6 +211,14 @@ def prefetch_l2(glob: Int64, *, loc=None, ip=None) -> None:
 
 
 @dsl_user_op
+def prefetch_l1_if(glob: Int64, enabled: Int32, *, loc=None, ip=None) -> None:
+    """Nothing where enabled is 0."""
+    operands = [Int64(glob).ir_value(loc=loc, ip=ip), Int32(enabled).ir_value(loc=loc, ip=ip)]
+    text = "{ .reg .pred p; setp.ne.b32 p, $1, 0; @p prefetch.global.L1 [$0]; }"
+    _asm(None, operands, text, "l,r", volatile=True, loc=loc, ip=ip)
+
+
+@dsl_user_op
 def load_global_b32(glob: Int64, offset: int = 0, *, loc=None, ip=None) -> Int32:
     operand = Int64(glob).ir_value(loc=loc, ip=ip)
     text = f"ld.global.b32 $0, [$1+{offset}];"
@@ -272,6 +287,12 @@ def load_shared_f32(shared: Int32, count: int, *, loc=None, ip=None) -> list[Flo
 def store_shared_v4(shared: Int32, values: Sequence[Int32], *, loc=None, ip=None) -> None:
     operands = [Int32(shared).ir_value(loc=loc, ip=ip)] + [Int32(v).ir_value(loc=loc, ip=ip) for v in values]
     _asm(None, operands, "st.shared.v4.b32 [$0], {$1, $2, $3, $4};", "r,r,r,r,r", volatile=True, loc=loc, ip=ip)
+
+
+@dsl_user_op
+def store_shared_v2(shared: Int32, values: Sequence[Int32], *, loc=None, ip=None) -> None:
+    operands = [Int32(shared).ir_value(loc=loc, ip=ip)] + [Int32(v).ir_value(loc=loc, ip=ip) for v in values]
+    _asm(None, operands, "st.shared.v2.b32 [$0], {$1, $2};", "r,r,r", volatile=True, loc=loc, ip=ip)
 
 
 @dsl_user_op

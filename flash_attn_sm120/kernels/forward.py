@@ -6,6 +6,7 @@ it to what SM120 can hold. Source: Dao, FlashAttention-2 (2023), algorithm 1, wi
 
 from __future__ import annotations
 
+import os
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -17,6 +18,7 @@ from flash_attn_sm120.device.block_range import block_range
 from flash_attn_sm120.device.load_cp_async import CpAsyncLoader
 from flash_attn_sm120.device.load_fp8 import Fp8Loader
 from flash_attn_sm120.device.load_fp8_boxes import Fp8BoxLoader
+from flash_attn_sm120.device.load_fp8_lines import Fp8LineLoader
 from flash_attn_sm120.device.load_pages import PagedBoxes, PageLoader, box_rows
 from flash_attn_sm120.device.load_tma import TmaLoader, TmaSource, tile_maps
 from flash_attn_sm120.device.mainloop import ForwardTile
@@ -171,8 +173,13 @@ class FlashAttentionForwardSm80:
             for atom, coordinates, pool, layout in ((atom_k, gK, mK, self.layout_k), (atom_v, gV, mV, self.layout_v)):
                 dtype, layout = self.box_layout(pool.element_type, layout)
                 boxes.append(PagedBoxes(atom, coordinates, dtype, layout, self.box_rows))
-            kind_of = Fp8BoxLoader if problem.kv_dtype else PageLoader
-            work.run(kind_of(self, *boxes, tile.head // heads_per_kv, *inputs), blocks, mO, mLSE)
+            head_kv = tile.head // heads_per_kv
+            if cutlass.const_expr(bool(problem.kv_dtype) and bool(os.environ.get("LINES"))):
+                work.run(Fp8LineLoader(self, head_kv, *inputs), blocks, mO, mLSE)
+            elif cutlass.const_expr(problem.kv_dtype):
+                work.run(Fp8BoxLoader(self, *boxes, head_kv, *inputs), blocks, mO, mLSE)
+            else:
+                work.run(PageLoader(self, *boxes, head_kv, *inputs), blocks, mO, mLSE)
         elif cutlass.const_expr(plan.way == "tma"):
             work.run(self.tma_loader(maps, (mQ, mK, mV), tile, heads_per_kv), blocks, mO, mLSE)
         elif cutlass.const_expr(problem.kv_dtype):
