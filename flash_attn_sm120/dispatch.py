@@ -57,6 +57,7 @@ class Plan:
     turn_bytes: int = 0  # of the word that says which of its tiles a block is at
     loader_barriers: int = 0  # mbarriers of the loading warps' own
     aim_bytes: int = 0  # of the addresses of what the loading warps convert next
+    factor_bytes: int = 0  # of what out is multiplied by, where no register holds what that is found with
 
     @property
     def persistent(self) -> bool:
@@ -90,7 +91,12 @@ class Plan:
     @property
     def aim_offset(self) -> int:
         """Where the addresses lie."""
-        return self.smem_bytes - self.aim_bytes
+        return self.factor_offset - self.aim_bytes
+
+    @property
+    def factor_offset(self) -> int:
+        """Where the factor lies."""
+        return self.smem_bytes - self.factor_bytes
 
 
 @dataclass(frozen=True, slots=True)
@@ -147,7 +153,7 @@ FORWARD_TILES = (
     *COMMON_TILES[:2],
     replace(LARGEST, ways=("cp_async",), copying_warps=4, masks=("full", "causal")),
     replace(LARGEST, ways=("page_boxes",), copying_warps=4),
-    replace(LARGEST, ways=("fp8_boxes",), modifiers=("k_descale", "v_descale")),
+    replace(LARGEST, ways=("fp8_boxes",), modifiers=("v_descale",)),
     replace(LARGEST, ways=("tma",), modifiers=("block_sparse",)),
     *(row for rows in zip(FP8_TILES, COMMON_TILES[2:], strict=True) for row in rows),
     *NARROW_TILES,
@@ -224,7 +230,7 @@ def loading_way(kernel: str, problem: AttentionProblem, arch: str) -> str:
 
 def fits_bytes(problem: AttentionProblem) -> bool:
     """Whether 8-bit rows of a pool fill a chunk of a tile each, and the kernel that takes them as bytes has a tile."""
-    modified = any(getattr(problem, name) for name in MODIFIERS if name not in ("k_descale", "v_descale"))
+    modified = any(getattr(problem, name) for name in MODIFIERS if name != "v_descale")
     return problem.paged and problem.head_dim == problem.head_dim_v == 128 and not modified
 
 
@@ -322,9 +328,10 @@ def _plan_of(row: TileRow, kernel: str, problem: AttentionProblem, way: str, arc
     tile = (row.tile_m, row.tile_n, row.num_warps, row.blocks_per_sm)
     turn_bytes = TURN_BYTES if row.persistent else 0
     loader_barriers, aim_bytes = (FP8_COPYING_WARPS, 2048) if way == "fp8_boxes" else (0, 0)
-    smem = smem_bytes(problem, row) + turn_bytes + 8 * loader_barriers + aim_bytes
+    factor_bytes = 16 if way == "fp8_boxes" and problem.v_descale else 0
+    smem = smem_bytes(problem, row) + turn_bytes + 8 * loader_barriers + aim_bytes + factor_bytes
     plan = Plan(kernel, *tile, smem, row.q_in_registers, stages=row.stages, way=way, turn_bytes=turn_bytes)
-    plan = replace(plan, loader_barriers=loader_barriers, aim_bytes=aim_bytes)
+    plan = replace(plan, loader_barriers=loader_barriers, aim_bytes=aim_bytes, factor_bytes=factor_bytes)
     copying_warps = FP8_COPYING_WARPS if way in ("fp8", "fp8_boxes") else row.copying_warps
     plan = replace(plan, copying_warps=copying_warps, note_bytes=note_bytes(problem, row.num_warps))
     if not hands_over_registers(arch):

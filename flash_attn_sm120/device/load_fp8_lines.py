@@ -7,6 +7,7 @@ registers, and what notes hold is read anew for each tile.
 
 from __future__ import annotations
 
+import os
 import cutlass
 from cutlass import Int32, Int64, cute
 
@@ -22,6 +23,7 @@ from flash_attn_sm120.device.ptx import (
     load_shared_v4,
     prefetch_l1_if,
     store_shared_v2,
+    touch,
     store_shared_v4,
     thread_anew,
 )
@@ -72,7 +74,7 @@ class Fp8LineLoader(QueryLoader):
             is_v = turn & 1
             barriers = stage.bars["k_full"].toint() + 16 * is_v
             self._wait(barriers + 8, (turn >> 1 & 1) ^ 1)
-            self._convert(stage.shared + self.config.offset_k + is_v * self.config.layout_k.bytes)
+            self._fill(is_v, stage.shared)
             cute.arch.sync_warp()
             self._arrive(barriers)
             turn = turn + 1
@@ -126,14 +128,20 @@ class Fp8LineLoader(QueryLoader):
         _, _, _, length = load_shared_v4(self.note)
         key = n * self.tile_n + self._first_row() + row
         begin = read_blocks(self.note).begin
+        both = []
         for beyond in cutlass.range_constexpr(0, self.own_rows, ROWS_A_PASS):
             page = cute.arch.shuffle_sync(self.page[0], beyond >> 3)
             address = self._address(is_v, page, key + beyond) + Int64(unit * UNIT_BYTES)
             exists = (n >= begin) & (key + beyond < length)
             address = cutlass.select_(exists, address, Int64(0))
             store_shared_v2(self._aims() + beyond, [Int32(address), Int32(address >> 32)])
-            for half in cutlass.range_constexpr(2):
-                prefetch_l1_if(address + half * (ROW_BYTES // 2), Int32(exists))
+            if cutlass.const_expr(os.environ.get("TOUCH") is None):
+                for half in cutlass.range_constexpr(2):
+                    prefetch_l1_if(address + half * (ROW_BYTES // 2), Int32(exists))
+            else:
+                both.append((address, Int32(exists)))
+        if cutlass.const_expr(os.environ.get("TOUCH") is not None):
+            touch([a for a, _ in both], [e for _, e in both], 64)
 
     def _address(self, is_v: Int32, page: Int32, key: Int32) -> Int64:
         """Of a key's row in a page of the pool."""
@@ -147,7 +155,19 @@ class Fp8LineLoader(QueryLoader):
         return pool.iterator.toint(), *(Int64(stride) for stride in pool.stride[:3])
 
     @cute.jit
-    def _convert(self, shared: Int32):
+    def _fill(self, is_v: Int32, shared: Int32):
+        config = self.config
+        place = shared + config.offset_k + is_v * config.layout_k.bytes
+        if cutlass.const_expr(config.pv_dtype == config.mma_dtype):
+            self._convert(place, config.mma_dtype)
+        else:
+            if is_v == 0:
+                self._convert(place, config.mma_dtype)
+            else:
+                self._convert(place, config.pv_dtype)
+
+    @cute.jit
+    def _convert(self, shared: Int32, dtype: cutlass.Constexpr):
         """The tile that was aimed at last; rows that aren't there become zeros."""
         row, unit = self._own_row()
         layout = self.config.layout_k
@@ -162,6 +182,6 @@ class Fp8LineLoader(QueryLoader):
                 pairs = [
                     pair
                     for word in words[2 * j : 2 * j + 2]
-                    for pair in fp8_to_pairs(word, self.kind, self.config.mma_dtype)
+                    for pair in fp8_to_pairs(word, self.kind, dtype)
                 ]
                 store_shared_v4(place ^ j * UNIT_BYTES, pairs)

@@ -22,7 +22,14 @@ from flash_attn_sm120.device.fragments import accumulators
 from flash_attn_sm120.device.gemm import pv_product, qk_product
 from flash_attn_sm120.device.mask import apply_bounds, apply_mask
 from flash_attn_sm120.device.mods import Place, SeqlenInfo, apply_mask_mod, apply_score_mod
-from flash_attn_sm120.device.ptx import lane_anew, load_shared_v4, mbarrier_arrive_after, thread_anew
+from flash_attn_sm120.device.ptx import (
+    lane_anew,
+    load_shared_f32,
+    load_shared_v4,
+    mbarrier_arrive_after,
+    store_shared_f32,
+    thread_anew,
+)
 from flash_attn_sm120.device.scheduler import (
     Positions,
     Tile,
@@ -103,6 +110,20 @@ class ForwardTile:
         write_tile_note(self.note, self.first_row, self.tile, self.seq_q, self.seq_k.length, self.total_k, blocks)
         if self.config.plan.note_bytes > TILE_NOTE_BYTES:
             write_second_note(self.second_note, self.seq_k.start, self.drop_words(), self.listed())
+        self.write_factor()
+
+    def write_factor(self) -> None:
+        """v_descale of the head, so that no register holds the head's number for it."""
+        plan, tile = self.config.plan, self.tile
+        if plan.factor_bytes:
+            factor = Float32(self.modifiers.v_descale[tile.batch, tile.head // self.heads_per_kv])
+            store_shared_f32(self.shared + plan.factor_offset, [factor])
+
+    def v_factor(self, batch: Int32, head: Int32) -> Float32:
+        plan = self.config.plan
+        if plan.factor_bytes:
+            return load_shared_f32(self.shared + plan.factor_offset, 2)[0]
+        return self.modifiers.v_descale[batch, head // self.heads_per_kv]
 
     def drop_words(self) -> tuple[Int32, Int32, Int32, Int32]:
         """Key, threshold and carry of the Dropper."""
@@ -350,11 +371,11 @@ class ForwardTile:
             self.apply_mods(place, modded)
         if masked:
             self.mask(n)
-        tOrP = self.softmax.update(self.tSrS, self.tOrO, config.mma_dtype)
+        tOrP = self.softmax.update(self.tSrS, self.tOrO, config.pv_dtype)
         if config.problem.dropout:
             tOrP = self.dropper(self.number_anew(i)).drop(tOrP)
         sV = config.layout_v.matrix(shared, self.lane, config.offset_v)
-        pv_product(sV, tOrP, self.tOrO, config.mma_dtype)
+        pv_product(sV, tOrP, self.tOrO, config.pv_dtype)
 
     def number_anew(self, i: Int32) -> Int32:
         """Of the i-th block, from memory, so that no register holds it through the products."""
@@ -438,7 +459,7 @@ class ForwardTile:
             sink = Float32(self.modifiers.learnable_sink[head]) * math.log2(math.e)
         factors, lses = self.softmax.finish(row + self.lane // 4, seq_q.length, constant, sink)
         if problem.v_descale:
-            descale = self.modifiers.v_descale[batch, head // self.heads_per_kv]
+            descale = self.v_factor(batch, head)
             factors = [factor * descale for factor in factors]
         if problem.dropout:
             factors = [factor * self.modifiers.dropout.factor for factor in factors]

@@ -47,6 +47,9 @@ class FlashAttentionForwardSm80:
         self.dtype = PTX_DTYPE[problem.dtype]
         self.mma_dtype = "f16" if plan.way == "fp8" else self.dtype  # 8-bit values are exact in both
         self.q_to_f16 = self.mma_dtype != self.dtype
+        self.pv_dtype = self.mma_dtype  # of P and V
+        if plan.way == "fp8_boxes" and os.environ.get("LINES") and os.environ.get("VF16"):
+            self.pv_dtype = "f16"
         self.num_threads = 32 * (plan.num_warps + plan.loading_warps)
         self.warp_rows = plan.tile_m // plan.num_warps
         self.layout_q = TileLayout(plan.tile_m, padded(problem.head_dim))
