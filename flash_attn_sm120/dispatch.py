@@ -20,6 +20,7 @@ MODIFIERS = ("softcap", "sink", "alibi", "chunked", "context_parallel", "k_desca
 MAX_SPLITS = 64  # parts of a sequence in a decode
 TILE_NOTE_BYTES = 48  # what a thread block writes down instead of keeping it in registers, behind the tiles
 SECOND_NOTE_BYTES = 48
+FACTOR_BYTES = 16  # behind all else, in whole 16 bytes
 TURN_BYTES = 16  # behind the notes of a block that takes one tile after another
 STRIP_NOTE_BYTES = 64  # of a warp, where two query groups are
 WAY_NOTE_BYTES = 32  # the blocks that the warps of two query groups go over together
@@ -56,7 +57,6 @@ class Plan:
     note_bytes: int = TILE_NOTE_BYTES
     turn_bytes: int = 0  # of the word that says which of its tiles a block is at
     loader_barriers: int = 0  # mbarriers of the loading warps' own
-    aim_bytes: int = 0  # of the addresses of what the loading warps convert next
     factor_bytes: int = 0  # of what out is multiplied by, where no register holds what that is found with
 
     @property
@@ -86,12 +86,7 @@ class Plan:
     @property
     def loader_barrier_offset(self) -> int:
         """Where those of the loading warps' own lie."""
-        return self.aim_offset - 8 * self.loader_barriers
-
-    @property
-    def aim_offset(self) -> int:
-        """Where the addresses lie."""
-        return self.factor_offset - self.aim_bytes
+        return self.factor_offset - 8 * self.loader_barriers
 
     @property
     def factor_offset(self) -> int:
@@ -327,11 +322,11 @@ def hands_over_registers(arch: str) -> bool:
 def _plan_of(row: TileRow, kernel: str, problem: AttentionProblem, way: str, arch: str) -> Plan:
     tile = (row.tile_m, row.tile_n, row.num_warps, row.blocks_per_sm)
     turn_bytes = TURN_BYTES if row.persistent else 0
-    loader_barriers, aim_bytes = (FP8_COPYING_WARPS, 2048) if way == "fp8_boxes" else (0, 0)
-    factor_bytes = 16 if way == "fp8_boxes" and problem.v_descale else 0
-    smem = smem_bytes(problem, row) + turn_bytes + 8 * loader_barriers + aim_bytes + factor_bytes
+    loader_barriers = FP8_COPYING_WARPS if way == "fp8_boxes" else 0
+    factor_bytes = FACTOR_BYTES if way == "fp8_boxes" and problem.v_descale else 0
+    smem = smem_bytes(problem, row) + turn_bytes + 8 * loader_barriers + factor_bytes
     plan = Plan(kernel, *tile, smem, row.q_in_registers, stages=row.stages, way=way, turn_bytes=turn_bytes)
-    plan = replace(plan, loader_barriers=loader_barriers, aim_bytes=aim_bytes, factor_bytes=factor_bytes)
+    plan = replace(plan, loader_barriers=loader_barriers, factor_bytes=factor_bytes)
     copying_warps = FP8_COPYING_WARPS if way in ("fp8", "fp8_boxes") else row.copying_warps
     plan = replace(plan, copying_warps=copying_warps, note_bytes=note_bytes(problem, row.num_warps))
     if not hands_over_registers(arch):

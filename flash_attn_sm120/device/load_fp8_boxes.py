@@ -33,7 +33,6 @@ HALVES = 2  # of a row of bytes; each becomes a chunk
 class Fp8BoxLoader(PageLoader):
     """Q as CpAsyncLoader, all blocks through TMA: those rows that aren't there become zeros on the way."""
 
-    converts = True
     converts, starts_early = True, False
 
     def __init__(self, config, k: PagedBoxes, v: PagedBoxes, head_kv: Int32, *inputs):

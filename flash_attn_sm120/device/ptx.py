@@ -211,21 +211,6 @@ def prefetch_l2(glob: Int64, *, loc=None, ip=None) -> None:
 
 
 @dsl_user_op
-def prefetch_l1_if(glob: Int64, enabled: Int32, *, loc=None, ip=None) -> None:
-    """Nothing where enabled is 0."""
-    operands = [Int64(glob).ir_value(loc=loc, ip=ip), Int32(enabled).ir_value(loc=loc, ip=ip)]
-    text = "{ .reg .pred p; setp.ne.b32 p, $1, 0; @p prefetch.global.L1 [$0]; }"
-    _asm(None, operands, text, "l,r", volatile=True, loc=loc, ip=ip)
-
-
-@dsl_user_op
-def touch(globs, enabled, offset: int, *, loc=None, ip=None) -> None:
-    operands = [Int64(g).ir_value(loc=loc, ip=ip) for g in globs] + [Int32(e).ir_value(loc=loc, ip=ip) for e in enabled]
-    text = f"{{ .reg .pred p, q; .reg .b32 a, b, c, d; mov.b32 a, 0; mov.b32 b, 0; mov.b32 c, 0; mov.b32 d, 0; setp.ne.b32 p, $2, 0; setp.ne.b32 q, $3, 0; @p ld.global.b32 a, [$0]; @p ld.global.b32 b, [$0+{offset}]; @q ld.global.b32 c, [$1]; @q ld.global.b32 d, [$1+{offset}]; xor.b32 a, a, b; xor.b32 a, a, c; xor.b32 a, a, d; setp.eq.b32 p, a, 0x7F812345; @p prefetch.global.L2 [$0]; }}"
-    _asm(None, operands, text, "l,l,r,r", volatile=True, loc=loc, ip=ip)
-
-
-@dsl_user_op
 def load_global_b32(glob: Int64, offset: int = 0, *, loc=None, ip=None) -> Int32:
     operand = Int64(glob).ir_value(loc=loc, ip=ip)
     text = f"ld.global.b32 $0, [$1+{offset}];"
@@ -294,12 +279,6 @@ def load_shared_f32(shared: Int32, count: int, *, loc=None, ip=None) -> list[Flo
 def store_shared_v4(shared: Int32, values: Sequence[Int32], *, loc=None, ip=None) -> None:
     operands = [Int32(shared).ir_value(loc=loc, ip=ip)] + [Int32(v).ir_value(loc=loc, ip=ip) for v in values]
     _asm(None, operands, "st.shared.v4.b32 [$0], {$1, $2, $3, $4};", "r,r,r,r,r", volatile=True, loc=loc, ip=ip)
-
-
-@dsl_user_op
-def store_shared_v2(shared: Int32, values: Sequence[Int32], *, loc=None, ip=None) -> None:
-    operands = [Int32(shared).ir_value(loc=loc, ip=ip)] + [Int32(v).ir_value(loc=loc, ip=ip) for v in values]
-    _asm(None, operands, "st.shared.v2.b32 [$0], {$1, $2};", "r,r,r", volatile=True, loc=loc, ip=ip)
 
 
 @dsl_user_op

@@ -6,7 +6,6 @@ it to what SM120 can hold. Source: Dao, FlashAttention-2 (2023), algorithm 1, wi
 
 from __future__ import annotations
 
-import os
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -18,7 +17,6 @@ from flash_attn_sm120.device.block_range import block_range
 from flash_attn_sm120.device.load_cp_async import CpAsyncLoader
 from flash_attn_sm120.device.load_fp8 import Fp8Loader
 from flash_attn_sm120.device.load_fp8_boxes import Fp8BoxLoader
-from flash_attn_sm120.device.load_fp8_lines import Fp8LineLoader
 from flash_attn_sm120.device.load_pages import PagedBoxes, PageLoader, box_rows
 from flash_attn_sm120.device.load_tma import TmaLoader, TmaSource, tile_maps
 from flash_attn_sm120.device.mainloop import ForwardTile
@@ -47,9 +45,6 @@ class FlashAttentionForwardSm80:
         self.dtype = PTX_DTYPE[problem.dtype]
         self.mma_dtype = "f16" if plan.way == "fp8" else self.dtype  # 8-bit values are exact in both
         self.q_to_f16 = self.mma_dtype != self.dtype
-        self.pv_dtype = self.mma_dtype  # of P and V
-        if plan.way == "fp8_boxes" and os.environ.get("LINES") and os.environ.get("VF16"):
-            self.pv_dtype = "f16"
         self.num_threads = 32 * (plan.num_warps + plan.loading_warps)
         self.warp_rows = plan.tile_m // plan.num_warps
         self.layout_q = TileLayout(plan.tile_m, padded(problem.head_dim))
@@ -177,9 +172,7 @@ class FlashAttentionForwardSm80:
                 dtype, layout = self.box_layout(pool.element_type, layout)
                 boxes.append(PagedBoxes(atom, coordinates, dtype, layout, self.box_rows))
             head_kv = tile.head // heads_per_kv
-            if cutlass.const_expr(bool(problem.kv_dtype) and bool(os.environ.get("LINES"))):
-                work.run(Fp8LineLoader(self, head_kv, *inputs), blocks, mO, mLSE)
-            elif cutlass.const_expr(problem.kv_dtype):
+            if cutlass.const_expr(problem.kv_dtype):
                 work.run(Fp8BoxLoader(self, *boxes, head_kv, *inputs), blocks, mO, mLSE)
             else:
                 work.run(PageLoader(self, *boxes, head_kv, *inputs), blocks, mO, mLSE)
