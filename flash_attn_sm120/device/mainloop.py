@@ -117,7 +117,7 @@ class ForwardTile:
         plan, tile = self.config.plan, self.tile
         if plan.factor_bytes:
             factor = Float32(self.modifiers.v_descale[tile.batch, tile.head // self.heads_per_kv])
-            store_shared_f32(self.shared + plan.factor_offset, [factor])
+            store_shared_f32(self.shared + plan.factor_offset, [factor, factor])
 
     def v_factor(self, batch: Int32, head: Int32) -> Float32:
         plan = self.config.plan
@@ -472,9 +472,11 @@ class ForwardTile:
             store_lse(mLSE, problem.packed_q, *place, lses, self.lane, rows_left)
 
     def stored_row(self) -> Int32:
-        """The warp's first in the tile, anew where O and S leave no register to hold it through the loop."""
+        """The warp's first in the tile, anew where ptxas makes 60 moves of holding it: in the plain kernel's largest
+        tile."""
         config = self.config
-        if self.is_roomy or config.plan.note_bytes > TILE_NOTE_BYTES:
+        plan = config.plan
+        if plan.kernel != "forward" or self.is_roomy or plan.q_in_registers or plan.note_bytes > TILE_NOTE_BYTES:
             return self.warp_row
         return (thread_anew() >> 5) * config.warp_rows
 

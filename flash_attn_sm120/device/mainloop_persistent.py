@@ -162,10 +162,6 @@ class PersistentTile(ForwardTile):
         """Not where registers are short: ptxas keeps what it elects with."""
         return super().elects and self.is_roomy
 
-    def stored_row(self) -> Int32:
-        """Held: ptxas finds a register for it here."""
-        return self.warp_row
-
     def store_rows(self, factors: list[Float32], glob: Int64, stride: Int32, rows_left: Int32) -> None:
         """By way of the warp's lanes alone, as shared memory fills with the next tile."""
         store_transposed(self.tOrO, factors, glob, stride, lane_anew(), rows_left, self.config.dtype)
