@@ -11,7 +11,8 @@ from flash_attn_sm120.decode_plan import decode_memory, decode_row
 from flash_attn_sm120.problem import ELEMENT_BYTES, MASKS, AttentionProblem, CombineProblem, padded
 
 FP8_COPYING_WARPS = 4  # which convert
-# How a prefill kernel's tiles come into shared memory; strips: by cp.async, Q by the warps that have its rows.
+# How a prefill kernel's tiles come into shared memory; strips: by cp.async, Q by the warps that have its rows. One more
+# is fp8_boxes, which one tile has code for.
 WAYS = ("cp_async", "pages", "page_boxes", "fp8", "tma", "strips")
 # Attributes of a problem that take registers from the main loop.
 CHANGES = ("dropout", "score_mod", "mask_mod", "block_sparse")
@@ -21,6 +22,7 @@ MAX_SPLITS = 64  # parts of a sequence in a decode
 TILE_NOTE_BYTES = 48  # what a thread block writes down instead of keeping it in registers, behind the tiles
 SECOND_NOTE_BYTES = 48
 LISTED_BYTES = 16  # numbers of the next listed blocks, behind the notes
+FACTOR_BYTES = 16  # behind all else, in whole 16 bytes
 TURN_BYTES = 16  # behind the notes of a block that takes one tile after another
 STRIP_NOTE_BYTES = 64  # of a warp, where two query groups are
 WAY_NOTE_BYTES = 32  # the blocks that the warps of two query groups go over together
@@ -56,6 +58,8 @@ class Plan:
     way: str = ""  # of loading, in prefill
     note_bytes: int = TILE_NOTE_BYTES
     turn_bytes: int = 0  # of the word that says which of its tiles a block is at
+    loader_barriers: int = 0  # mbarriers of the loading warps' own
+    factor_bytes: int = 0  # of what out is multiplied by, where no register holds what that is found with
 
     @property
     def persistent(self) -> bool:
@@ -79,7 +83,17 @@ class Plan:
     @property
     def barrier_offset(self) -> int:
         """Where the mbarriers lie."""
-        return self.smem_bytes - barrier_bytes(self.stages)
+        return self.loader_barrier_offset - barrier_bytes(self.stages)
+
+    @property
+    def loader_barrier_offset(self) -> int:
+        """Where those of the loading warps' own lie."""
+        return self.factor_offset - 8 * self.loader_barriers
+
+    @property
+    def factor_offset(self) -> int:
+        """Where the factor lies."""
+        return self.smem_bytes - self.factor_bytes
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,9 +133,9 @@ COMMON_TILES = (
     TileRow(256, 256, tile_m=128, tile_n=32, num_warps=8, blocks_per_sm=1, q_in_registers=True),
 )
 # The largest tile that fits its registers is the fastest. 256x64 doesn't with modifiers but lists of blocks that TMA
-# brings and biases of dense scores, nor where four warps copy and window bounds are held, nor with pages that come by cp.async. Converting 8-bit
-# keys costs the same for 128 rows as for 256, and takes registers. Evidence: benchmarks/NOTES.md, "The largest tile
-# under every mask", "Serving prefill", "Dropout, mods, lists".
+# brings and biases of dense scores, nor where four warps copy and window bounds are held, nor with pages that come by
+# cp.async. Evidence: benchmarks/NOTES.md, "The largest tile under every mask", "Pages at dense speed", "Dropout, mods,
+# lists".
 LARGEST = TileRow(128, 128, tile_m=256, tile_n=64, num_warps=8, blocks_per_sm=1, modifiers=())
 FP8_TILES = tuple(
     TileRow(d, d, tile_m, tile_n, num_warps=8, blocks_per_sm=1, stages=stages, q_in_registers=d > 128, ways=("fp8",))
@@ -135,7 +149,8 @@ NARROW_TILES = tuple(
 FORWARD_TILES = (
     *COMMON_TILES[:2],
     replace(LARGEST, ways=("cp_async",), copying_warps=4, masks=("full", "causal")),
-    replace(LARGEST, ways=("page_boxes",)),
+    replace(LARGEST, ways=("page_boxes",), copying_warps=4),
+    replace(LARGEST, ways=("fp8_boxes",), modifiers=("v_descale",)),
     replace(LARGEST, ways=("tma",), modifiers=("block_sparse",)),
     *(row for rows in zip(FP8_TILES, COMMON_TILES[2:], strict=True) for row in rows),
     *NARROW_TILES,
@@ -183,6 +198,7 @@ REGISTERS = {
     ("fp8", 4, 64): (40, 216),
     ("fp8", 8, 16): (40, 232),
     ("fp8", 8, 32): (40, 232),
+    ("fp8_boxes", 8, 64): (24, 240),
     ("strips", 4, 32): (32, 224),
     ("strips", 4, 64): (32, 224),
     ("strips", 8, 32): (40, 232),
@@ -201,14 +217,20 @@ def loading_way(kernel: str, problem: AttentionProblem, arch: str) -> str:
         return "tma"
     if kernel == "dual_group":
         return "strips"
-    if problem.kv_dtype:
-        return "fp8"
     boxes = fits_tensor_maps(problem, arch)
+    if problem.kv_dtype:
+        return "fp8_boxes" if boxes and fits_bytes(problem) else "fp8"
     if problem.paged:
         return "page_boxes" if boxes and not problem.block_sparse else "pages"
     # what TMA brings behind a sequence's end is zeros only where that is the tensor's
     dense = not any(getattr(problem, name) for name in ("varlen", *SERVING))
     return "tma" if boxes and dense and any(getattr(problem, name) for name in SPARSE) else "cp_async"
+
+
+def fits_bytes(problem: AttentionProblem) -> bool:
+    """Whether 8-bit rows of a pool fill a chunk of a tile each, and the kernel that takes them as bytes has a tile."""
+    modified = any(getattr(problem, name) for name in MODIFIERS if name != "v_descale")
+    return problem.paged and problem.head_dim == problem.head_dim_v == 128 and not modified
 
 
 def fits_tensor_maps(problem: AttentionProblem, arch: str) -> bool:
@@ -304,9 +326,12 @@ def hands_over_registers(arch: str) -> bool:
 def _plan_of(row: TileRow, kernel: str, problem: AttentionProblem, way: str, arch: str) -> Plan:
     tile = (row.tile_m, row.tile_n, row.num_warps, row.blocks_per_sm)
     turn_bytes = TURN_BYTES if row.persistent else 0
-    smem = smem_bytes(problem, row) + turn_bytes
+    loader_barriers = FP8_COPYING_WARPS if way == "fp8_boxes" else 0
+    factor_bytes = FACTOR_BYTES if way == "fp8_boxes" and problem.v_descale else 0
+    smem = smem_bytes(problem, row) + turn_bytes + 8 * loader_barriers + factor_bytes
     plan = Plan(kernel, *tile, smem, row.q_in_registers, stages=row.stages, way=way, turn_bytes=turn_bytes)
-    copying_warps = FP8_COPYING_WARPS if way == "fp8" else row.copying_warps
+    plan = replace(plan, loader_barriers=loader_barriers, factor_bytes=factor_bytes)
+    copying_warps = FP8_COPYING_WARPS if way in ("fp8", "fp8_boxes") else row.copying_warps
     plan = replace(plan, copying_warps=copying_warps, note_bytes=note_bytes(problem, row.num_warps))
     if not hands_over_registers(arch):
         return replace(plan, blocks_per_sm=1)

@@ -35,7 +35,7 @@ def prepare(
         problem = _changed(problem, changes, q, k, tensors, options, num_splits, batch)
     problem, cut = _with_decode(problem, num_splits, q, k, tensors, options, numbers, batch)
     # strides choose a way for pools and dense calls only
-    if problem.paged and not (problem.decode or problem.kv_dtype):
+    if problem.paged and not problem.decode:
         problem = replace(problem, tma_strides=all(map(has_tma_strides, (k, v))))
     elif not (problem.varlen or problem.paged or problem.decode):
         problem = replace(problem, tma_strides=all(map(has_tma_strides, (q, k, v))))

@@ -7,7 +7,16 @@ from dataclasses import replace
 
 import pytest
 
-from flash_attn_sm120.dispatch import COMMON_TILES, NARROW_TILES, TILES, can_implement, candidates, choose, plan_for
+from flash_attn_sm120.dispatch import (
+    COMMON_TILES,
+    NARROW_TILES,
+    TILES,
+    barrier_bytes,
+    can_implement,
+    candidates,
+    choose,
+    plan_for,
+)
 from flash_attn_sm120.occupancy import REGISTERS, SHARED_BYTES, SHARED_BYTES_A_BLOCK, SUB_PARTITIONS, occupancy
 from flash_attn_sm120.problem import MASKS, SPARSE_UNITS, AttentionProblem, Mod
 from flash_attn_sm120.variants import changed_variants, dual_group_variants, variants
@@ -36,7 +45,9 @@ def test_every_head_dim_fits_shared_memory_as_the_plan_says(kernel):
 
 @pytest.mark.parametrize("kernel, row", ROWS, ids=lambda x: x if isinstance(x, str) else f"{x.head_dim}-{x.head_dim_v}")
 def test_every_tile_gives_two_matrix_warps_a_sub_partition(kernel, row):
-    features = {"kv_dtype": "float8_e4m3fn" if row.ways == ("fp8",) else "", "mask": row.masks[0]}
+    features = {"kv_dtype": "float8_e4m3fn" if row.ways[0] in ("fp8", "fp8_boxes") else "", "mask": row.masks[0]}
+    if row.ways == ("fp8_boxes",):
+        features |= {"page_size": 16, "seqused_k": True, "v_descale": True}
     if is_narrow(row):
         features["sparse_block"] = (row.tile_m, max(row.tile_n, SPARSE_UNITS[1]))
     plan = plan_for(kernel, AttentionProblem("bfloat16", row.head_dim, row.head_dim_v, **features))
@@ -79,12 +90,31 @@ PAGED = {"page_size": 16, "seqused_k": True}
         ("pages", "sm_89", PAGED),
         ("pages", "sm_120a", PAGED | {"tma_strides": False}),
         ("pages", "sm_120a", PAGED | {"head_dim_v": 80}),
-        ("fp8", "sm_120a", PAGED | {"kv_dtype": "float8_e5m2"}),
+        ("fp8_boxes", "sm_120a", PAGED | {"kv_dtype": "float8_e5m2", "v_descale": True}),
+        ("fp8", "sm_89", PAGED | {"kv_dtype": "float8_e5m2"}),
+        ("fp8", "sm_120a", PAGED | {"kv_dtype": "float8_e5m2", "k_descale": True}),
+        ("fp8", "sm_120a", PAGED | {"kv_dtype": "float8_e4m3fn", "tma_strides": False}),
+        ("fp8", "sm_120a", PAGED | {"kv_dtype": "float8_e4m3fn", "head_dim_v": 64}),
+        ("fp8", "sm_120a", {"kv_dtype": "float8_e4m3fn", "seqused_k": True}),
         ("cp_async", "sm_120a", {"seqused_k": True}),
     ],
 )
 def test_how_keys_are_loaded(way, arch, options):
     assert choose(AttentionProblem("bfloat16", 128, **{"head_dim_v": 128} | options), arch).way == way
+
+
+def test_what_lies_behind_the_notes_does_not_overlap():
+    for options in ({}, {"kv_dtype": "float8_e4m3fn"}, {"kv_dtype": "float8_e4m3fn", "v_descale": True}):
+        plan = choose(AttentionProblem("bfloat16", 128, 128, **PAGED | options))
+        ends = (
+            plan.note_offset + plan.note_bytes,
+            plan.barrier_offset + barrier_bytes(plan.stages),
+            plan.loader_barrier_offset + 8 * plan.loader_barriers,
+            plan.factor_offset + plan.factor_bytes,
+        )
+        starts = (plan.barrier_offset, plan.loader_barrier_offset, plan.factor_offset, plan.smem_bytes)
+        assert ends == starts
+        assert plan.factor_offset % 8 == 0 and plan.smem_bytes <= SHARED_BYTES_A_BLOCK
 
 
 VARLEN = ("packed_q", "packed_k", "seqused_q", "seqused_k")

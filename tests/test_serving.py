@@ -14,7 +14,7 @@ from test_hypothesis import EXAMPLES
 from flash_attn_sm120 import flash_attn_combine, flash_attn_func, reference
 from flash_attn_sm120.matrix import LSE_SLACK, SLACK, largest_difference
 
-BF16, E4M3 = torch.bfloat16, torch.float8_e4m3fn
+BF16, E4M3, E5M2 = torch.bfloat16, torch.float8_e4m3fn, torch.float8_e5m2
 
 
 def each(strategy, body):
@@ -77,6 +77,22 @@ def test_every_page_size(rows, kv_dtype, page_size, device):
     serving_cases.run(case, device.torch_device)
 
 
+LONG = {"head_dims": (128, 128), "heads_kv": 1, "ratio": 2, "shared": True}
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        Case([70, 1, 290], [330, 0, 201], kv_dtype=E5M2, dtype=torch.float16, scales="number", page_size=8, **LONG),
+        Case([70, 260], [129, 300], kv_dtype=E4M3, mask="local", window=(90, 5), page_size=48, packed=False, **LONG),
+        Case([290], [321], kv_dtype=E4M3, mask="full", layout="halves, heads first", spare=3, **LONG),
+    ],
+)
+def test_pages_of_bytes_over_many_blocks(case, device):
+    """The mbarriers of the loading warps and what is converted in place, over and over."""
+    serving_cases.run(case, device.torch_device)
+
+
 @pytest.mark.parametrize("layout", serving_cases.LAYOUTS)
 @pytest.mark.parametrize("rows", [2, 40])
 def test_every_pool(rows, layout, device):
@@ -108,16 +124,17 @@ def test_rows_that_see_nothing_have_the_sink(dtype, seqlen_q, device):
     torch.testing.assert_close(lse[0], sink.float()[:, None].expand(4, seqlen_q), rtol=1e-5, atol=1e-5)
 
 
-def test_a_pool_that_no_tensor_map_holds(device):
-    """One page repeated: stride 0 keeps TMA away, and the pages come with cp.async."""
+@pytest.mark.parametrize("kv_dtype", [BF16, E4M3])
+def test_a_pool_that_no_tensor_map_holds(kv_dtype, device):
+    """One page repeated: stride 0 keeps TMA away."""
     on = device.torch_device
-    q, page = rand(on, 2, 40, 4, 128), rand(on, 1, 16, 2, 128)
+    q, page = rand(on, 2, 40, 4, 128), rand(on, 1, 16, 2, 128).to(kv_dtype)
     pool, table = page.expand(9, -1, -1, -1), torch.randint(0, 9, (2, 6), dtype=torch.int32, device=on)
     out = flash_attn_func(q, pool, pool, page_table=table, seqused_k=ints(on, 90, 51), causal=True)
     same = flash_attn_func(
         q, pool.contiguous(), pool.contiguous(), page_table=table, seqused_k=ints(on, 90, 51), causal=True
     )
-    rows = page[:, torch.arange(90, device=on) % 16].expand(2, -1, -1, -1)
+    rows = page.to(BF16)[:, torch.arange(90, device=on) % 16].expand(2, -1, -1, -1)
     exact = assert_right(q, rows, rows, seqused_k=ints(on, 90, 51), causal=True)[0]
     assert largest_difference(out, exact) < 0.01 and largest_difference(same, exact) < 0.01
 

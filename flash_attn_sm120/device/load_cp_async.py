@@ -39,6 +39,7 @@ class QueryLoader:
 class CpAsyncLoader(QueryLoader):
     """Q, and the tiles of its KV head, from tensors in any layout or from the pages of a pool."""
 
+    converts = False
     starts_early = True  # begin may run before the block's warps have met, and load_k and load_v start one block on
 
     def __init__(
@@ -65,9 +66,13 @@ class CpAsyncLoader(QueryLoader):
         self.keys.hold(page, page)
         n = blocks.end - 1
         self.keys.load_k(stage.shared + self.config.offset_k, n, self.keys.turn(n - 1))
-        cute.arch.cp_async_mbarrier_arrive_noinc(stage.bars["k_full"])
+        self.arrive_copied(stage.bars["k_full"])
         self.keys.load_v(stage.shared + self.config.offset_v, n, self.keys.held())
-        cute.arch.cp_async_mbarrier_arrive_noinc(stage.bars["v_full"])
+        self.arrive_copied(stage.bars["v_full"])
+
+    def arrive_copied(self, barrier: cute.Pointer) -> None:
+        """Each lane, when its copies have landed."""
+        cute.arch.cp_async_mbarrier_arrive_noinc(barrier)
 
     def start_list(self, n: Int32) -> None:
         """n: the tile that load_listed is called with next."""

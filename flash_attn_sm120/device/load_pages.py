@@ -14,7 +14,7 @@ from cutlass.cute.nvgpu import cpasync
 from flash_attn_sm120.device.block_range import BlockRange
 from flash_attn_sm120.device.load_cp_async import CpAsyncLoader
 from flash_attn_sm120.device.load_tma import SWIZZLE_BITS, aligned, chunk_layout, rows_first
-from flash_attn_sm120.device.ptx import lane_anew, load_global_b32_if, thread_anew
+from flash_attn_sm120.device.ptx import cp_async_arrive, lane_anew, load_global_b32_if, thread_anew
 from flash_attn_sm120.device.seqlen import clamp, divide
 from flash_attn_sm120.device.stage import Stage
 from flash_attn_sm120.device.tile import TileLayout
@@ -66,6 +66,7 @@ class PageLoader(CpAsyncLoader):
         """inputs: as CpAsyncLoader takes them."""
         super().__init__(config, *inputs)
         self.boxes_k, self.boxes_v, self.head_kv = k, v, head_kv
+        self.arrivals = self.warps
         self.own_rows = config.plan.tile_n // self.warps
         self.count = self.own_rows // k.rows  # boxes of a warp
         # Lane j has the page numbers of box j, of the tile whose K was loaded last and of the one whose K comes next.
@@ -78,12 +79,14 @@ class PageLoader(CpAsyncLoader):
     def load_k(self, n: Int32, stage: Stage) -> None:
         self.page[0] = self.next_page[0]
         self.next_page[0] = self._numbers(n - 1)
+        places = self._places(n)
         stage.wait_for_k_room()
-        self._load(self.boxes_k, n, stage.shared + self.config.offset_k, stage.bars["k_full"])
+        self._load(self.boxes_k, places, stage.shared + self.config.offset_k, stage.bars["k_full"])
 
     def load_v(self, n: Int32, stage: Stage) -> None:
+        places = self._places(n)
         stage.wait_for_v_room()
-        self._load(self.boxes_v, n, stage.shared + self.config.offset_v, stage.bars["v_full"])
+        self._load(self.boxes_v, places, stage.shared + self.config.offset_v, stage.bars["v_full"])
 
     def _first_row(self) -> Int32 | int:
         """Of those of a tile that the warp loads."""
@@ -99,20 +102,40 @@ class PageLoader(CpAsyncLoader):
         needed = (lane < self.count) & (keys.length > 0)
         return load_global_b32_if(keys.table + Int64(index) * 4, Int32(needed))
 
-    def _load(self, boxes: PagedBoxes, n: Int32, shared: Int32, barrier: cute.Pointer) -> None:
-        keys, layout = self.keys, boxes.layout
-        self._arrive(barrier, self.own_rows * layout.row_bytes * layout.chunks)
+    def _places(self, n: Int32) -> list[tuple[Int32, Int32]]:
+        """(page, box in it) of each of the warp's boxes of tile n."""
+        keys, rows = self.keys, self.boxes_k.rows
+        places = []
         for j in range(self.count):
-            row = self._first_row() + j * boxes.rows
-            key = n * keys.tile_n + row
+            key = n * keys.tile_n + self._first_row() + j * rows
             page = clamp(cute.arch.shuffle_sync(self.page[0], j), Int32(0), keys.num_pages - 1)
             in_page = key - divide(key, keys.page_size) * keys.page_size
-            boxes.load(shared + row * layout.row_bytes, self.head_kv, page, in_page // boxes.rows, barrier)
+            places.append((page, in_page // rows))
+        return places
+
+    def _load(self, boxes: PagedBoxes, places: list, shared: Int32, barrier: cute.Pointer) -> None:
+        self._expect(barrier, self.own_rows * boxes.layout.row_bytes * boxes.layout.chunks)
+        self._start(boxes, places, shared, barrier)
+
+    def _start(self, boxes: PagedBoxes, places: list, shared: Int32, barrier: cute.Pointer) -> None:
+        """The warp's boxes of a tile."""
+        for j, (page, box) in enumerate(places):
+            row = self._first_row() + j * boxes.rows
+            boxes.load(shared + row * boxes.layout.row_bytes, self.head_kv, page, box, barrier)
 
     @cute.jit
-    def _arrive(self, barrier: cute.Pointer, size: cutlass.Constexpr):
-        """Of every lane, as with cp.async, which the last block has come by."""
+    def _expect(self, barrier: cute.Pointer, size: cutlass.Constexpr):
+        """The warp's arrival, and the bytes of its boxes."""
         if lane_anew() == 0:
             cute.arch.mbarrier_arrive_and_expect_tx(barrier, size)
-        else:
+
+    def arrive_copied(self, barrier: cute.Pointer) -> None:
+        """The warp's arrival behind those of its copies, which nobody else counts."""
+        cp_async_arrive(barrier.toint())
+        cute.arch.sync_warp()
+        self._arrive(barrier)
+
+    @cute.jit
+    def _arrive(self, barrier: cute.Pointer):
+        if lane_anew() == 0:
             cute.arch.mbarrier_arrive(barrier)

@@ -83,6 +83,7 @@ class TmaLoader:
     head_kv: Int32
 
     q_arrivals = arrivals = warps = 1
+    converts = False
     starts_early = True
 
     def begin(self, blocks: BlockRange, stage: Stage) -> None:

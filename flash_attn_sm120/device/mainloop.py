@@ -23,7 +23,15 @@ from flash_attn_sm120.device.fragments import accumulators
 from flash_attn_sm120.device.gemm import pv_product, qk_product
 from flash_attn_sm120.device.mask import apply_bounds, apply_mask
 from flash_attn_sm120.device.mods import Place, SeqlenInfo, apply_mask_mod, apply_score_mod
-from flash_attn_sm120.device.ptx import lane_anew, load_shared_v4, mbarrier_arrive_after, reciprocal, thread_anew
+from flash_attn_sm120.device.ptx import (
+    lane_anew,
+    load_shared_f32,
+    load_shared_v4,
+    mbarrier_arrive_after,
+    reciprocal,
+    store_shared_f32,
+    thread_anew,
+)
 from flash_attn_sm120.device.scheduler import (
     Positions,
     Tile,
@@ -104,6 +112,20 @@ class ForwardTile:
         write_tile_note(self.note, self.first_row, self.tile, self.seq_q, self.seq_k.length, self.total_k, blocks)
         if self.config.plan.note_bytes > TILE_NOTE_BYTES:
             write_second_note(self.second_note, self.seq_k.start, self.drop_words(), self.listed())
+        self.write_factor()
+
+    def write_factor(self) -> None:
+        """v_descale of the head, so that no register holds the head's number for it."""
+        plan, tile = self.config.plan, self.tile
+        if plan.factor_bytes:
+            factor = Float32(self.modifiers.v_descale[tile.batch, tile.head // self.heads_per_kv])
+            store_shared_f32(self.shared + plan.factor_offset, [factor, factor])
+
+    def v_factor(self, batch: Int32, head: Int32) -> Float32:
+        plan = self.config.plan
+        if plan.factor_bytes:
+            return load_shared_f32(self.shared + plan.factor_offset, 2)[0]
+        return self.modifiers.v_descale[batch, head // self.heads_per_kv]
 
     def drop_words(self) -> tuple[Int32, Int32, Int32, Int32]:
         """Key, threshold and carry of the Dropper."""
@@ -130,7 +152,10 @@ class ForwardTile:
             if cutlass.const_expr(plan.hands_over_registers):
                 cute.arch.setmaxregister_decrease(plan.loading_registers)
             if self.copies():
-                self.feed(blocks)
+                if cutlass.const_expr(self.loader.converts):
+                    self.loader.feed(self.stage(0))
+                else:
+                    self.feed(blocks)
         else:
             if cutlass.const_expr(plan.hands_over_registers):
                 cute.arch.setmaxregister_increase(plan.matrix_registers)
@@ -165,6 +190,9 @@ class ForwardTile:
                 full = name.endswith("full")
                 count = self.loader.arrivals + self.notices(name) if full else self.config.plan.num_warps
                 cute.arch.mbarrier_init(barrier, count)
+        first = cute.recast_ptr(cute.arch.get_dyn_smem(cutlass.Uint8, alignment=1024), dtype=cutlass.Int64)
+        for i in range(self.config.plan.loader_barriers):
+            cute.arch.mbarrier_init(first + (self.config.plan.loader_barrier_offset // 8 + i), 1)
 
     def notices(self, barrier: str) -> int:
         """Arrivals beside those of the loads."""
@@ -444,14 +472,14 @@ class ForwardTile:
         config = self.config
         problem = config.problem
         first_row, head, batch, seq_q = read_tile_note(self.note, problem.packed_q)
-        row = first_row + self.warp_row
+        row = first_row + self.stored_row()
         constant = -0.5 * self.cap_scale if problem.softcap else 0.0
         sink = None
         if problem.sink:
             sink = Float32(self.modifiers.learnable_sink[head]) * math.log2(math.e)
         factors, lses = self.softmax.finish(row + self.lane // 4, seq_q.length, constant, sink)
         if problem.v_descale:
-            descale = self.modifiers.v_descale[batch, head // self.heads_per_kv]
+            descale = self.v_factor(batch, head)
             factors = [factor * descale for factor in factors]
         if problem.dropout:
             factors = [factor * self.modifiers.dropout.factor for factor in factors]
@@ -462,6 +490,15 @@ class ForwardTile:
         if mLSE is not None:
             place = (head, batch, seq_q.start, row)
             store_lse(mLSE, problem.packed_q, *place, lses, self.lane, rows_left)
+
+    def stored_row(self) -> Int32:
+        """The warp's first in the tile, anew where ptxas makes 60 moves of holding it: in the plain kernel's largest
+        tile."""
+        config = self.config
+        plan = config.plan
+        if plan.kernel != "forward" or self.is_roomy or plan.q_in_registers or plan.note_bytes > TILE_NOTE_BYTES:
+            return self.warp_row
+        return (thread_anew() >> 5) * config.warp_rows
 
     def store_rows(self, factors: list[Float32], glob: Int64, stride: Int32, rows_left: Int32) -> None:
         """The warp's O, times `factors`, by way of shared memory; glob: of its first row."""

@@ -90,6 +90,13 @@ def mma_m16n8k16(
 
 
 @dsl_user_op
+def cp_async_arrive(shared: Int32, *, loc=None, ip=None) -> None:
+    """An arrival at the mbarrier once the lane's copies have landed; it raises what the phase waits for by itself."""
+    operand = Int32(shared).ir_value(loc=loc, ip=ip)
+    _asm(None, [operand], "cp.async.mbarrier.arrive.shared.b64 [$0];", "r", volatile=True, loc=loc, ip=ip)
+
+
+@dsl_user_op
 def pack_pair(low: Float32, high: Float32, dtype: str, *, loc=None, ip=None) -> Int32:
     """Two float32 rounded to nearest even, low in bits 0-15."""
     operands = [Float32(high).ir_value(loc=loc, ip=ip), Float32(low).ir_value(loc=loc, ip=ip)]
@@ -328,3 +335,20 @@ def fp8_to_f16(packed: Int32, kind: str, *, loc=None, ip=None) -> list[Int32]:
     text = f"{{ .reg .b16 low, high; mov.b32 {{low, high}}, $2; {convert} $0, low; {convert} $1, high; }}"
     pairs = _asm(struct, [operand], text, "=r,=r,r", volatile=False, loc=loc, ip=ip)
     return _unpack(pairs, T.i32(), 2, Int32, loc, ip)
+
+
+@dsl_user_op
+def f16_to_bf16(pair: Int32, *, loc=None, ip=None) -> Int32:
+    """A packed pair of f16 -> one of bf16, rounded to nearest even."""
+    operand = Int32(pair).ir_value(loc=loc, ip=ip)
+    text = (
+        "{ .reg .b16 low, high; .reg .f32 a, b; mov.b32 {low, high}, $1; "
+        "cvt.f32.f16 a, low; cvt.f32.f16 b, high; cvt.rn.bf16x2.f32 $0, b, a; }"
+    )
+    return Int32(_asm(T.i32(), [operand], text, "=r,r", volatile=False, loc=loc, ip=ip))
+
+
+def fp8_to_pairs(packed: Int32, kind: str, dtype: str) -> list[Int32]:
+    """Four fp8 values as two packed pairs of `dtype`, "f16" or "bf16", exactly."""
+    pairs = fp8_to_f16(packed, kind)
+    return pairs if dtype == "f16" else [f16_to_bf16(pair) for pair in pairs]

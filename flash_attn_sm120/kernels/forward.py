@@ -16,6 +16,7 @@ from flash_attn_sm120.arguments import Lengths, Modifiers, Numbers
 from flash_attn_sm120.device.block_range import block_range
 from flash_attn_sm120.device.load_cp_async import CpAsyncLoader
 from flash_attn_sm120.device.load_fp8 import Fp8Loader
+from flash_attn_sm120.device.load_fp8_boxes import Fp8BoxLoader
 from flash_attn_sm120.device.load_pages import PagedBoxes, PageLoader, box_rows
 from flash_attn_sm120.device.load_tma import TmaLoader, TmaSource, tile_maps
 from flash_attn_sm120.device.mainloop import ForwardTile
@@ -42,7 +43,7 @@ class FlashAttentionForwardSm80:
         self.problem = problem
         self.plan = plan
         self.dtype = PTX_DTYPE[problem.dtype]
-        self.mma_dtype = "f16" if problem.kv_dtype else self.dtype  # 8-bit values are exact in it
+        self.mma_dtype = "f16" if plan.way == "fp8" else self.dtype  # 8-bit values are exact in both
         self.q_to_f16 = self.mma_dtype != self.dtype
         self.num_threads = 32 * (plan.num_warps + plan.loading_warps)
         self.warp_rows = plan.tile_m // plan.num_warps
@@ -53,7 +54,7 @@ class FlashAttentionForwardSm80:
         self.offset_k = self.layout_q.bytes
         self.offset_v = self.offset_k + self.layout_k.bytes
         self.box_rows = 0  # of TMA, where pages come by it
-        if plan.way == "page_boxes":
+        if plan.way in ("page_boxes", "fp8_boxes"):
             self.box_rows = box_rows(problem.page_size, plan.tile_n // warps_that_copy(self, RowSource))
         self.stage_bytes = self.layout_k.bytes + self.layout_v.bytes
 
@@ -94,11 +95,10 @@ class FlashAttentionForwardSm80:
         if cutlass.const_expr(plan.way == "tma"):
             maps = tile_maps((mQ, mK, mV), (self.layout_q, self.layout_k, self.layout_v))
         if cutlass.const_expr(self.box_rows):
-            maps = (
-                *(None, None),
-                *PagedBoxes.map(mK, self.layout_k, self.box_rows),
-                *PagedBoxes.map(mV, self.layout_v, self.box_rows),
-            )
+            pools = ((mK, self.layout_k), (mV, self.layout_v))
+            maps = (None, None)
+            for pool, layout in pools:
+                maps = (*maps, *PagedBoxes.map(*self.as_boxes(pool, layout), self.box_rows))
         self.kernel(mQ, mK, mV, *maps, mO, mLSE, lengths, modifiers, in_base_2(problem, numbers), group).launch(
             grid=grid, block=(self.num_threads, 1, 1), smem=plan.smem_bytes, stream=stream,
             min_blocks_per_mp=plan.blocks_per_sm, preferred_smem_carveout=100,
@@ -167,15 +167,32 @@ class FlashAttentionForwardSm80:
         atom_k, gK, atom_v, gV = maps[2:]
         inputs = (mQ, mK, mV, work.shared, tile, seq_q, seq_k, lengths)
         if cutlass.const_expr(self.box_rows):
-            k = PagedBoxes(atom_k, gK, mK.element_type, self.layout_k, self.box_rows)
-            v = PagedBoxes(atom_v, gV, mV.element_type, self.layout_v, self.box_rows)
-            work.run(PageLoader(self, k, v, tile.head // heads_per_kv, *inputs), blocks, mO, mLSE)
+            boxes = []
+            for atom, coordinates, pool, layout in ((atom_k, gK, mK, self.layout_k), (atom_v, gV, mV, self.layout_v)):
+                dtype, layout = self.box_layout(pool.element_type, layout)
+                boxes.append(PagedBoxes(atom, coordinates, dtype, layout, self.box_rows))
+            head_kv = tile.head // heads_per_kv
+            if cutlass.const_expr(problem.kv_dtype):
+                work.run(Fp8BoxLoader(self, *boxes, head_kv, *inputs), blocks, mO, mLSE)
+            else:
+                work.run(PageLoader(self, *boxes, head_kv, *inputs), blocks, mO, mLSE)
         elif cutlass.const_expr(plan.way == "tma"):
             work.run(self.tma_loader(maps, (mQ, mK, mV), tile, heads_per_kv), blocks, mO, mLSE)
         elif cutlass.const_expr(problem.kv_dtype):
             work.run(Fp8Loader(self, *inputs), blocks, mO, mLSE)
         else:
             work.run(CpAsyncLoader(self, *inputs), blocks, mO, mLSE)
+
+    def box_layout(self, element: type, layout: TileLayout) -> tuple[type, TileLayout]:
+        """Element type and layout of a tile as boxes bring it: 8-bit elements as 16-bit ones, two each."""
+        if element.width == 8:
+            return cutlass.BFloat16, TileLayout(layout.rows, layout.cols // 2)
+        return element, layout
+
+    def as_boxes(self, pool: cute.Tensor, layout: TileLayout) -> tuple[cute.Tensor, TileLayout]:
+        """A pool and its tile as PagedBoxes.map takes them."""
+        dtype, layout = self.box_layout(pool.element_type, layout)
+        return (cute.recast_tensor(pool, dtype) if dtype is not pool.element_type else pool), layout
 
     def tma_loader(self, maps: tuple, tensors: tuple, tile: Tile, heads_per_kv: Int32) -> TmaLoader:
         """maps: atom and coordinates of each of q, k and v, `tensors`."""
