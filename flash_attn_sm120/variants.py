@@ -56,6 +56,8 @@ def serving_variants() -> list[AttentionProblem]:
         for dtype in DTYPES:
             way = {"kv_dtype": kv_dtype, "mask": "causal", "packed_q": True} | scales
             problems.append(AttentionProblem(dtype, 128, 128, **paged | way))
+        way = {"kv_dtype": kv_dtype, "mask": "causal", "packed_q": True, "v_descale": True}
+        problems.append(AttentionProblem(DTYPES[len(problems) % 2], 128, 128, **paged | way))
     for head_dim, head_dim_v in HEAD_DIMS:
         way = {"kv_dtype": FP8_DTYPES[0], "mask": "full", "page_size": 32}
         problems.append(AttentionProblem("bfloat16", head_dim, head_dim_v, **paged | way))

@@ -52,7 +52,7 @@ def run_serving_variant(problem: AttentionProblem, device: torch.device) -> None
         softcap=3.0 * problem.softcap,
         sink=getattr(torch, problem.sink, None),
         slopes="heads" if problem.alibi else "",
-        scales="each" if problem.k_descale else "",
+        scales="each" if problem.k_descale else "number" if problem.v_descale else "",
         chunk=64 * problem.chunked,
         changes=changes_of(problem, heads, device),
     )
