@@ -16,8 +16,10 @@ FP8_COPYING_WARPS = 4  # which convert
 WAYS = ("cp_async", "pages", "page_boxes", "fp8", "tma", "strips")
 # Attributes of a problem that take registers from the main loop.
 CHANGES = ("dropout", "score_mod", "mask_mod", "block_sparse")
-MODIFIERS = ("softcap", "sink", "alibi", "chunked", "context_parallel", "k_descale", "v_descale")
-MODIFIERS += ("dropout", "rescored", "biased", "mask_mod", "block_sparse")
+MODIFIERS = (
+    *("softcap", "sink", "alibi", "chunked", "context_parallel", "k_descale", "v_descale"),
+    *("dropout", "rescored", "biased", "mask_mod", "block_sparse"),
+)
 MAX_SPLITS = 64  # parts of a sequence in a decode
 TILE_NOTE_BYTES = 48  # what a thread block writes down instead of keeping it in registers, behind the tiles
 SECOND_NOTE_BYTES = 48
