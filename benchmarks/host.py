@@ -38,7 +38,7 @@ def main() -> None:
     q = torch.randn(1, 16, 2, 128, device="cuda", dtype=torch.bfloat16)
     packed, marks = q[0], torch.tensor([0, 16], device="cuda", dtype=torch.int32)
     out = torch.empty_like(q)
-    rows = torch.randn(1, 100, 2, 128, device="cuda", dtype=torch.bfloat16)  # more than a decode has
+    rows = torch.randn(1, 32, 2, 128, device="cuda", dtype=torch.bfloat16)  # more than a decode has
     heads_first = q.transpose(1, 2)
     calls = {
         "flash_attn_func": lambda: flash_attn_func(q, q, q),
