@@ -17,6 +17,8 @@ from flash_attn_sm120.device.stage import Stage
 class QueryLoader:
     """Brings the Q tile of (m_block, head, batch) to `shared`. warps: of the loading ones, those that copy."""
 
+    converts = False  # whether it has a feed of its own, with what becomes of 8-bit tiles
+
     def __init__(self, config, mQ: cute.Tensor, shared: Int32, tile: Tile, seq_q: Sequence, warps: int):
         problem, layout = config.problem, config.layout_q
         self.warps, self.q_arrivals = warps, LANES * warps
@@ -39,7 +41,6 @@ class QueryLoader:
 class CpAsyncLoader(QueryLoader):
     """Q, and the tiles of its KV head, from tensors in any layout or from the pages of a pool."""
 
-    converts = False
     starts_early = True  # begin may run before the block's warps have met, and load_k and load_v start one block on
 
     def __init__(

@@ -82,7 +82,6 @@ class PendingTile:
 class Fp8Loader(QueryLoader):
     """Q, and the tiles of its KV head, from tensors in any layout or from the pages of a pool."""
 
-    converts = False
     starts_early = False
 
     def __init__(

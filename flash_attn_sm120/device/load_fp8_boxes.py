@@ -38,7 +38,6 @@ class Fp8BoxLoader(PageLoader):
     def __init__(self, config, k: PagedBoxes, v: PagedBoxes, head_kv: Int32, *inputs):
         """k, v: of pools whose columns are read as 16-bit elements, two each; inputs: as CpAsyncLoader takes them."""
         super().__init__(config, k, v, head_kv, *inputs)
-        self.arrivals = self.warps
         self.kind = KINDS[config.problem.kv_dtype]
         self.table = inputs[-1].page_table
         self.note = self.shared + config.plan.note_offset

@@ -1,10 +1,10 @@
-"""A checked call of zigzag or ring attention: which tokens are whose, and what all ranks must have alike."""
+"""A call of zigzag or ring attention: checked, agreed on, and computed by the one or the other."""
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -12,8 +12,9 @@ import torch
 
 from flash_attn_sm120 import checks as forms
 from flash_attn_sm120.distributed import checks
+from flash_attn_sm120.distributed.agreement import agreed
 from flash_attn_sm120.distributed.layout import Zigzag
-from flash_attn_sm120.distributed.ranks import Ranks
+from flash_attn_sm120.distributed.ranks import Ranks, ranks_of
 
 
 class Options(NamedTuple):
@@ -28,13 +29,42 @@ class Options(NamedTuple):
 
 @dataclass(frozen=True)
 class ZigzagCall:
-    """options: what each launch gets besides tensors, lengths and a sink."""
+    """Which tokens are whose, and in message what all ranks must have alike. options: what each launch gets besides
+    tensors, lengths and a sink."""
 
     layout: Zigzag
     causal: bool
     options: dict[str, Any]
     pieces: int
     message: dict[str, Any]
+
+
+# (ranks, q, k, v, sink, call) -> (out, lse), of packed tensors
+Compute = Callable[
+    [Ranks, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None, ZigzagCall],
+    tuple[torch.Tensor, torch.Tensor],
+]
+
+
+def run_packed(
+    name: str, compute: Compute, group: Any, check_ranks: bool, q: Any, k: Any, v: Any, seqlens: Any, pieces: Any,
+    options: Options,
+) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
+    """The public function `name`, whose arguments these are."""
+    ranks = ranks_of(group)
+    call = agreed(ranks, check_ranks, q, lambda: packed_call(name, ranks, q, k, v, seqlens, pieces, options))
+    return compute(ranks, q, k, v, options.learnable_sink, call)
+
+
+def run_batch(
+    name: str, compute: Compute, group: Any, check_ranks: bool, q: Any, k: Any, v: Any, seqlen: Any, pieces: Any,
+    options: Options,
+) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
+    """The same for q, k and v (batch, seqlen_local, heads, head_dim)."""
+    ranks = ranks_of(group)
+    call = agreed(ranks, check_ranks, q, lambda: batch_call(name, ranks, q, k, v, seqlen, pieces, options))
+    out, lse = compute(ranks, packed(q), packed(k), packed(v), options.learnable_sink, call)
+    return unpacked(out, lse, q.shape[0], q.shape[1])
 
 
 def packed_call(

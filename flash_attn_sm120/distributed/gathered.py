@@ -12,10 +12,9 @@ from typing import Any
 import torch
 
 from flash_attn_sm120.distributed import rows
-from flash_attn_sm120.distributed.agreement import agreed
-from flash_attn_sm120.distributed.call import Options, ZigzagCall, batch_call, packed, packed_call, unpacked
+from flash_attn_sm120.distributed.call import Options, ZigzagCall, run_batch, run_packed
 from flash_attn_sm120.distributed.layout import Zigzag
-from flash_attn_sm120.distributed.ranks import Ranks, all_gather_single, ranks_of
+from flash_attn_sm120.distributed.ranks import Ranks, all_gather_single
 from flash_attn_sm120.distributed.shards import rows_of_ranks
 from flash_attn_sm120.distributed.streams import Side
 from flash_attn_sm120.distributed.two_chunks import attend, key_marks, limits, places
@@ -69,13 +68,8 @@ def zigzag_attention(
     ..., got ...`; for what is wrong on another rank the text begins with `rank N: `. A rank that is gone is an
     error of the backend, at the latest after the group's timeout.
     """
-    ranks = ranks_of(group)
     options = Options(softmax_scale, causal, window_size, softcap, learnable_sink)
-    call = agreed(
-        ranks, check_ranks, q, lambda: batch_call("zigzag_attention", ranks, q, k, v, seqlen, pieces, options)
-    )
-    out, lse = attention(ranks, packed(q), packed(k), packed(v), learnable_sink, call)
-    return unpacked(out, lse, q.shape[0], q.shape[1])
+    return run_batch("zigzag_attention", attention, group, check_ranks, q, k, v, seqlen, pieces, options)
 
 
 def zigzag_attention_varlen(
@@ -101,12 +95,8 @@ def zigzag_attention_varlen(
 
     Returns (out, lse): (tokens, heads, head_dim_v) and float32 (heads, tokens). The rest as in zigzag_attention.
     """
-    ranks = ranks_of(group)
     options = Options(softmax_scale, causal, window_size, softcap, learnable_sink)
-    call = agreed(
-        ranks, check_ranks, q, lambda: packed_call("zigzag_attention", ranks, q, k, v, seqlens, pieces, options)
-    )
-    return attention(ranks, q, k, v, learnable_sink, call)
+    return run_packed("zigzag_attention", attention, group, check_ranks, q, k, v, seqlens, pieces, options)
 
 
 def attention(
@@ -120,8 +110,7 @@ def attention(
         return out, lse
     own = places(layout, ranks.rank, q.device)
     early = own.early_rows
-    if own.to_groups is not None:
-        q = q.index_select(0, own.to_groups)
+    q = own.in_group_order(q)
     chunks = layout.chunks(ranks.rank)
     ends = [
         tuple(pair[group].stop if call.causal else whole for pair, whole in zip(chunks, layout.seqlens, strict=True))
@@ -137,9 +126,7 @@ def attention(
         )  # fmt: skip
         lse[heads, :early] = lse0
         lse[heads, early:] = lse1
-    if own.to_own is not None:
-        out, lse = out.index_select(0, own.to_own), lse.index_select(1, own.to_own)
-    return out, lse
+    return own.in_own_order(out, lse)
 
 
 def gathered(ranks: Ranks, k: torch.Tensor, v: torch.Tensor, layout: Zigzag, pieces: int) -> Pieces:

@@ -13,11 +13,10 @@ import torch
 import torch.distributed as dist
 
 from flash_attn_sm120.distributed import gathered, rows
-from flash_attn_sm120.distributed.agreement import agreed
-from flash_attn_sm120.distributed.call import Options, ZigzagCall, batch_call, packed, packed_call, unpacked
+from flash_attn_sm120.distributed.call import Options, ZigzagCall, run_batch, run_packed
 from flash_attn_sm120.distributed.layout import Zigzag
 from flash_attn_sm120.distributed.merge import Total
-from flash_attn_sm120.distributed.ranks import Ranks, ranks_of
+from flash_attn_sm120.distributed.ranks import Ranks
 from flash_attn_sm120.distributed.streams import Side
 from flash_attn_sm120.distributed.two_chunks import attend, limits, places
 
@@ -43,11 +42,8 @@ def ring_attention(
     beside out a rank has a second copy of its K and V, and for a piece two ranks' K and V and 6 bytes a value of out.
     Arguments, results and errors are zigzag_attention's, without windows.
     """
-    ranks = ranks_of(group)
     options = Options(softmax_scale, causal, (-1, -1), softcap, learnable_sink)
-    call = agreed(ranks, check_ranks, q, lambda: batch_call("ring_attention", ranks, q, k, v, seqlen, pieces, options))
-    out, lse = attention(ranks, packed(q), packed(k), packed(v), learnable_sink, call)
-    return unpacked(out, lse, q.shape[0], q.shape[1])
+    return run_batch("ring_attention", attention, group, check_ranks, q, k, v, seqlen, pieces, options)
 
 
 def ring_attention_varlen(
@@ -66,12 +62,8 @@ def ring_attention_varlen(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """ring_attention for packed sequences of different lengths: q, k, v, seqlens and results as in
     zigzag_attention_varlen."""
-    ranks = ranks_of(group)
     options = Options(softmax_scale, causal, (-1, -1), softcap, learnable_sink)
-    call = agreed(
-        ranks, check_ranks, q, lambda: packed_call("ring_attention", ranks, q, k, v, seqlens, pieces, options)
-    )
-    return attention(ranks, q, k, v, learnable_sink, call)
+    return run_packed("ring_attention", attention, group, check_ranks, q, k, v, seqlens, pieces, options)
 
 
 def attention(
@@ -83,8 +75,7 @@ def attention(
         return gathered.attention(ranks, q, k, v, sink, call)
     own = places(layout, ranks.rank, q.device)
     early = own.early_rows
-    if own.to_groups is not None:
-        q = q.index_select(0, own.to_groups)
+    q = own.in_group_order(q)
     out = q.new_empty(*q.shape[:-1], v.shape[-1])
     lse = q.new_empty(q.shape[1], q.shape[0], dtype=torch.float32)
     count = k.shape[1] // call.pieces * ratio  # heads of a piece
@@ -109,9 +100,7 @@ def attention(
         if turn + 1 == ranks.world_size:
             waiting.append(partial(total.write, out[:, heads], lse[heads], None if sink is None else sink[heads]))
     _do(waiting)
-    if own.to_own is not None:
-        out, lse = out.index_select(0, own.to_own), lse.index_select(1, own.to_own)
-    return out, lse
+    return own.in_own_order(out, lse)
 
 
 def _do(waiting: list[Callable[[], None]]) -> None:

@@ -25,6 +25,16 @@ class Places(NamedTuple):
     to_own: torch.Tensor | None
     marks: tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 
+    def in_group_order(self, q: torch.Tensor) -> torch.Tensor:
+        """(tokens, heads, head_dim)."""
+        return q if self.to_groups is None else q.index_select(0, self.to_groups)
+
+    def in_own_order(self, out: torch.Tensor, lse: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """out (tokens, heads, head_dim_v) and lse (heads, tokens) of rows in group order."""
+        if self.to_own is None:
+            return out, lse
+        return out.index_select(0, self.to_own), lse.index_select(1, self.to_own)
+
 
 Limit = int | torch.Tensor  # of the first keys of a sequence, how many a group sees; int32 (batch,) for several
 

@@ -45,8 +45,12 @@ import torch
 
 BACKEND = "FLASH_ATTN_SM120"
 # One process: engines come and go without importing vLLM anew, and its log lines can be read here.
-ENVIRONMENT = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1"}
-ENVIRONMENT["VLLM_USE_FLASHINFER_SAMPLER"] = "0"
+ENVIRONMENT = {
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+    "VLLM_USE_FLASHINFER_SAMPLER": "0",
+    "VLLM_NO_USAGE_STATS": "1",
+    "HF_HUB_OFFLINE": "1",
+}
 VOCABULARY, REQUESTS, NEW_TOKENS, LONGEST = 1024, 32, 64, 1500
 GAP = 1e-2  # between the top two logits, above which tokens are to agree
 ENOUGH = 0.99

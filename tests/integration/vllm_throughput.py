@@ -24,14 +24,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from vllm_generate import BACKEND, ENVIRONMENT
 
-OURS = "FLASH_ATTN_SM120"
-ENVIRONMENT = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1"}
-ENVIRONMENT["VLLM_USE_FLASHINFER_SAMPLER"] = "0"
 LOADS = {"32 x 2k": (32, 2048), "1 x 32k": (1, 32000)}  # requests, tokens of each
 NEW_TOKENS = 128
 KERNELS = {  # parts of the names of the kernels that are a backend's attention
-    OURS: ("flash_attn_sm120",),
+    BACKEND: ("flash_attn_sm120",),
     "TRITON_ATTN": ("unified_attention", "reduce_segments"),
     "FLASH_ATTN": ("flash::", "flash_fwd", "FlashAttn", "prepare_varlen"),
 }
@@ -159,7 +157,7 @@ HEAD = "| backend | requests | prefill: attention, ms | decode: attention, ms | 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    backends = (OURS, "TRITON_ATTN", "FLASH_ATTN:3", "FLASH_ATTN:2")
+    backends = (BACKEND, "TRITON_ATTN", "FLASH_ATTN:3", "FLASH_ATTN:2")
     parser.add_argument("--backends", nargs="+", default=backends)
     parser.add_argument("--layers", type=int, default=32)
     parser.add_argument("--json", type=Path, help="where the table goes, too")
@@ -186,7 +184,7 @@ def main() -> None:
             print("\n".join(line_of(row) for row in rows if row.backend == backend), flush=True)
     rule = "| --- " * HEAD.count(" | ") + "| --- |"
     print("\n".join([HEAD, rule, *map(line_of, rows)]))
-    sys.exit(OURS in failed or not all(row.kernels for row in rows))
+    sys.exit(BACKEND in failed or not all(row.kernels for row in rows))
 
 
 if __name__ == "__main__":
