@@ -3,6 +3,7 @@
     python tests/integration/vllm_generate.py [--models llama qwen3 gemma3 gpt_oss] [--modes eager full decode]
                                               [--kv auto fp8] [--runners 1 2] [--json FILE]
                                               [--reference TRITON_ATTN|float32] [--backends NAME ...]
+                                              [--query-scale 4]
 
 Each model is small, with random weights, written to a temporary folder. 32 requests of 1 to 1,500 tokens, some with the
 same beginning, go through chunked prefill (512 tokens a step) and a prefix cache, twice, so that the second round finds
@@ -14,8 +15,9 @@ in two ways: freely, compared up to each request's first difference; and led alo
 everywhere, which is how every decode step counts. Where vLLM's newer model runner takes the model, a third engine runs
 it freely (`runner 2`); only the older one can be led. A position counts where the reference's top two logits are more
 than 1e-2 apart. To tell whose rounding a difference is, --reference float32 computes attention in float32 PyTorch from
-the same cache, and --backends can name vLLM's own. Exits with 1 where fewer than 99% of these agree, where a layer has
-another backend, or where vLLM's log doesn't name this one.
+the same cache, and --backends can name vLLM's own. A fresh model attends to all its keys about equally; with
+--query-scale 4 it picks among them, and each backend's rounding shows more. Exits with 1 where fewer than 99% of these
+agree, where a layer has another backend, or where vLLM's log doesn't name this one.
 
 Without a network (PyTorch 2.11.0, transformers 5 and Triton in place, this repository in the working directory):
 
@@ -91,8 +93,8 @@ def configurations() -> dict[str, Any]:
     }  # fmt: skip
 
 
-def write_model(name: str, folder: Path) -> Path:
-    """Random weights; queries four times as large as a fresh model's, so that attention picks among its keys."""
+def write_model(name: str, folder: Path, query_scale: float) -> Path:
+    """Random weights as transformers draws them; queries query_scale times as large, and sinks that count."""
     from safetensors.torch import save_file
     from transformers import AutoModelForCausalLM
 
@@ -101,7 +103,7 @@ def write_model(name: str, folder: Path) -> Path:
     tensors = {}
     for key, weight in model.state_dict().items():
         if "q_proj.weight" in key:
-            weight *= 4
+            weight *= query_scale
         elif "sinks" in key:
             weight.normal_()
         # vLLM 0.24 looks for gpt-oss's 16-bit experts under a name of its own.
@@ -350,6 +352,7 @@ def main() -> None:
     parser.add_argument("--kv", nargs="+", default=("auto", "fp8"), help="dtypes of the cache")
     parser.add_argument("--reference", default="TRITON_ATTN", help="the backend that is compared with")
     parser.add_argument("--backends", nargs="+", default=[BACKEND], help="those that are compared")
+    parser.add_argument("--query-scale", type=float, default=1.0, help="queries, times those of a fresh model")
     parser.add_argument("--runners", nargs="+", type=int, default=[1, 2], help="vLLM's model runners")
     parser.add_argument("--json", type=Path, help="where the table goes, too")
     options = parser.parse_args()
@@ -366,7 +369,7 @@ def main() -> None:
     rows: list[Row] = []
     with tempfile.TemporaryDirectory() as folder:
         for model in options.models:
-            path = write_model(model, Path(folder))
+            path = write_model(model, Path(folder), options.query_scale)
             for kv in options.kv:
                 rows += run(model, path, kv, options)
                 if options.json:
@@ -374,6 +377,7 @@ def main() -> None:
                     about |= {
                         "reference": options.reference,
                         "backends": options.backends,
+                        "query_scale": options.query_scale,
                         "gap": GAP,
                         "log": sorted(set(log.lines)),
                     }
