@@ -3,6 +3,7 @@
     python tests/integration/vllm_generate.py [--models llama qwen3 gemma3 gpt_oss] [--modes eager full decode]
                                               [--kv auto fp8] [--runners 1 2] [--json FILE]
                                               [--reference TRITON_ATTN|float32] [--backends NAME ...]
+                                              [--query-scale 4] [--experts-per-token 2]
 
 Each model is small, with random weights, written to a temporary folder. 32 requests of 1 to 1,500 tokens, some with the
 same beginning, go through chunked prefill (512 tokens a step) and a prefix cache, twice, so that the second round finds
@@ -14,8 +15,10 @@ in two ways: freely, compared up to each request's first difference; and led alo
 everywhere, which is how every decode step counts. Where vLLM's newer model runner takes the model, a third engine runs
 it freely (`runner 2`); only the older one can be led. A position counts where the reference's top two logits are more
 than 1e-2 apart. To tell whose rounding a difference is, --reference float32 computes attention in float32 PyTorch from
-the same cache, and --backends can name vLLM's own. Exits with 1 where fewer than 99% of these agree, where a layer has
-another backend, or where vLLM's log doesn't name this one.
+the same cache, and --backends can name vLLM's own. A fresh model attends to all its keys about equally; with
+--query-scale 4 it picks among them, and each backend's rounding shows more. All of gpt-oss's experts work on each
+token; with --experts-per-token 2 rounding also decides which. Exits with 1 where fewer than 99% of these agree, where a
+layer has another backend, or where vLLM's log doesn't name this one.
 
 Without a network (PyTorch 2.11.0, transformers 5 and Triton in place, this repository in the working directory):
 
@@ -66,8 +69,8 @@ MODES: dict[str, dict[str, Any]] = {
 }
 
 
-def configurations() -> dict[str, Any]:
-    """Of small models: head sizes 128, 64 and 256, windows, norms of q and k, sinks."""
+def configurations(experts_per_token: int) -> dict[str, Any]:
+    """Of small models: head sizes 128, 64 and 256, windows, norms of q and k, sinks, 4 experts."""
     from transformers import Gemma3TextConfig, GptOssConfig, LlamaConfig, Qwen3Config
 
     common = {"vocab_size": VOCABULARY, "num_hidden_layers": 4, "max_position_embeddings": 4096, "dtype": "bfloat16"}
@@ -86,22 +89,22 @@ def configurations() -> dict[str, Any]:
         ),
         "gpt_oss": GptOssConfig(
             hidden_size=512, intermediate_size=512, num_attention_heads=16, num_key_value_heads=2, head_dim=64,
-            num_local_experts=4, num_experts_per_tok=2, sliding_window=128, **common,
+            num_local_experts=4, num_experts_per_tok=experts_per_token, sliding_window=128, **common,
         ),
     }  # fmt: skip
 
 
-def write_model(name: str, folder: Path) -> Path:
-    """Random weights; queries four times as large as a fresh model's, so that attention picks among its keys."""
+def write_model(name: str, folder: Path, query_scale: float, experts_per_token: int) -> Path:
+    """Random weights as transformers draws them; queries query_scale times as large, and sinks that count."""
     from safetensors.torch import save_file
     from transformers import AutoModelForCausalLM
 
     torch.manual_seed(7)
-    model = AutoModelForCausalLM.from_config(configurations()[name], dtype=torch.bfloat16)
+    model = AutoModelForCausalLM.from_config(configurations(experts_per_token)[name], dtype=torch.bfloat16)
     tensors = {}
     for key, weight in model.state_dict().items():
         if "q_proj.weight" in key:
-            weight *= 4
+            weight *= query_scale
         elif "sinks" in key:
             weight.normal_()
         # vLLM 0.24 looks for gpt-oss's 16-bit experts under a name of its own.
@@ -350,6 +353,8 @@ def main() -> None:
     parser.add_argument("--kv", nargs="+", default=("auto", "fp8"), help="dtypes of the cache")
     parser.add_argument("--reference", default="TRITON_ATTN", help="the backend that is compared with")
     parser.add_argument("--backends", nargs="+", default=[BACKEND], help="those that are compared")
+    parser.add_argument("--query-scale", type=float, default=1.0, help="queries, times those of a fresh model")
+    parser.add_argument("--experts-per-token", type=int, default=4, choices=(1, 2, 3, 4), help="of gpt-oss's 4")
     parser.add_argument("--runners", nargs="+", type=int, default=[1, 2], help="vLLM's model runners")
     parser.add_argument("--json", type=Path, help="where the table goes, too")
     options = parser.parse_args()
@@ -366,7 +371,7 @@ def main() -> None:
     rows: list[Row] = []
     with tempfile.TemporaryDirectory() as folder:
         for model in options.models:
-            path = write_model(model, Path(folder))
+            path = write_model(model, Path(folder), options.query_scale, options.experts_per_token)
             for kv in options.kv:
                 rows += run(model, path, kv, options)
                 if options.json:
@@ -374,6 +379,8 @@ def main() -> None:
                     about |= {
                         "reference": options.reference,
                         "backends": options.backends,
+                        "query_scale": options.query_scale,
+                        "experts_per_token": options.experts_per_token,
                         "gap": GAP,
                         "log": sorted(set(log.lines)),
                     }
