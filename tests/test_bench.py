@@ -157,6 +157,17 @@ def test_dense_peers_of_decode_get_the_rows_of_the_pages(cache, monkeypatch):
     assert not paged_peers.unable("flashinfer", 7, "float8_e4m3fn")
 
 
+def test_decode_reads_far_more_than_l2_holds():
+    pytest.importorskip("cutlass")
+    from flash_attn_sm120.bench import decode
+
+    for cell in decode.cells_of("both"):
+        count = decode.set_count(cell.bytes_read)
+        held = decode.L2_BYTES / (count * cell.bytes_read)
+        assert held <= 1 / 24 or count == decode.MOST_SETS
+        assert count == 2 or (count - 1) * cell.bytes_read < 24 * decode.L2_BYTES
+
+
 def test_a_peer_is_its_fastest_way_and_never_a_wrong_one(monkeypatch):
     pytest.importorskip("cutlass")
     from flash_attn_sm120.arguments import Arguments, Lengths

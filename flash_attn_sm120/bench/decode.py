@@ -30,6 +30,7 @@ from flash_attn_sm120.problem import AttentionProblem
 from flash_attn_sm120.splits import Splits, choose_splits
 
 L2_BYTES = 64 << 20
+MOST_SETS = 64
 WRONG = 0.1  # of the largest value: a larger difference between two kernels is no rounding
 KV_DTYPES = {"": torch.bfloat16, "float8_e4m3fn": torch.float8_e4m3fn}
 
@@ -108,6 +109,12 @@ def inputs(cell: Cell, splits: Splits, sets: int) -> list[tuple]:
     return calls
 
 
+def set_count(bytes_read: int) -> int:
+    """Of input sets that calls take in turn. A set may keep its place in L2 through several turns of others, so that
+    what L2 holds has to be a small part of all of them."""
+    return min(max(2, -(-24 * L2_BYTES // bytes_read)), MOST_SETS)
+
+
 def graph_ms(call: Callable, sets: list[tuple], repeats: int = 20) -> float:
     """Median milliseconds of one replay of a graph that holds one call."""
     graphs = []
@@ -158,7 +165,7 @@ def measure(
 ) -> dict:
     """A row of the results: microseconds and TB/s, and under "peers" and "failed" those of the wanted peers."""
     call, splits = prepare(cell, occupancy, plan, num_splits)
-    sets = inputs(cell, splits, min(max(2, -(-4 * L2_BYTES // cell.bytes_read)), 64))
+    sets = inputs(cell, splits, set_count(cell.bytes_read))
     row = {"cell": cell.name, "splits": splits.num_splits}
     timings = {"eager": median_ms(call, sets), "graph": graph_ms(call, sets), "row": row_ms(call, sets)}
     for name, ms in timings.items():
