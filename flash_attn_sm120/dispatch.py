@@ -24,6 +24,7 @@ MAX_SPLITS = 64  # parts of a sequence in a decode
 TILE_NOTE_BYTES = 48  # what a thread block writes down instead of keeping it in registers, behind the tiles
 SECOND_NOTE_BYTES = 48
 LISTED_BYTES = 16  # numbers of the next listed blocks, behind the notes
+DROP_TABLE_BYTES = 96  # what dropout draws with, behind these
 FACTOR_BYTES = 16  # behind all else, in whole 16 bytes
 TURN_BYTES = 16  # behind the notes of a block that takes one tile after another
 STRIP_NOTE_BYTES = 64  # of a warp, where two query groups are
@@ -62,6 +63,8 @@ class Plan:
     turn_bytes: int = 0  # of the word that says which of its tiles a block is at
     loader_barriers: int = 0  # mbarriers of the loading warps' own
     factor_bytes: int = 0  # of what out is multiplied by, where no register holds what that is found with
+    drawing_warps: int = 0  # of the loading ones, those that draw dropout's numbers for the matrix warps
+    drawn_bytes: int = 0  # of what they draw and of its mbarriers, before the notes
 
     @property
     def persistent(self) -> bool:
@@ -116,6 +119,7 @@ class TileRow:
     ways: tuple[str, ...] = WAYS
     persistent: bool = False
     modifiers: tuple[str, ...] = MODIFIERS
+    drawing_warps: int = 0
 
     def serves(self, problem: AttentionProblem, way: str) -> bool:
         fits = problem.head_dim <= self.head_dim and problem.head_dim_v <= self.head_dim_v
@@ -148,8 +152,14 @@ NARROW_TILES = tuple(
     TileRow(d, d, tile_m=64, tile_n=tile_n, num_warps=4, blocks_per_sm=2, ways=("cp_async", "pages", "tma"))
     for d, tile_n in ((192, 32), (256, 16))
 )
+# Where one warp copies, the other loading warps have time to draw dropout's numbers.
+DRAWN_TILES = tuple(
+    replace(row, ways=("tma",), modifiers=("dropout",), drawing_warps=3) for row in (*COMMON_TILES[:2], LARGEST)
+)
 FORWARD_TILES = (
+    *DRAWN_TILES[:2],
     *COMMON_TILES[:2],
+    DRAWN_TILES[2],
     replace(LARGEST, ways=("cp_async",), copying_warps=4, masks=("full", "causal")),
     replace(LARGEST, ways=("page_boxes",), copying_warps=4),
     replace(LARGEST, ways=("fp8_boxes",), modifiers=("v_descale",)),
@@ -255,7 +265,8 @@ def note_bytes(problem: AttentionProblem, num_warps: int) -> int:
     if problem.dual_group:
         return num_warps * STRIP_NOTE_BYTES + WAY_NOTE_BYTES
     changed = any(getattr(problem, name) for name in CHANGES)
-    return TILE_NOTE_BYTES + (SECOND_NOTE_BYTES if changed else 0) + (LISTED_BYTES if problem.block_sparse else 0)
+    tables = LISTED_BYTES * problem.block_sparse + DROP_TABLE_BYTES * problem.dropout
+    return TILE_NOTE_BYTES + SECOND_NOTE_BYTES * changed + tables
 
 
 # Attributes of a problem that a kernel has no code for.
@@ -325,14 +336,21 @@ def hands_over_registers(arch: str) -> bool:
     return compute_capability(arch) >= 9
 
 
+def drawn_bits_bytes(row: TileRow) -> int:
+    """Of what is drawn of a block, a bit a weight."""
+    return row.tile_m * row.tile_n // 8
+
+
 def _plan_of(row: TileRow, kernel: str, problem: AttentionProblem, way: str, arch: str) -> Plan:
     tile = (row.tile_m, row.tile_n, row.num_warps, row.blocks_per_sm)
     turn_bytes = TURN_BYTES if row.persistent else 0
     loader_barriers = FP8_COPYING_WARPS if way == "fp8_boxes" else 0
     factor_bytes = FACTOR_BYTES if way == "fp8_boxes" and problem.v_descale else 0
-    smem = smem_bytes(problem, row) + turn_bytes + 8 * loader_barriers + factor_bytes
+    drawn_bytes = drawn_bits_bytes(row) + 8 * row.num_warps if row.drawing_warps else 0  # an mbarrier a warp
+    smem = smem_bytes(problem, row) + turn_bytes + 8 * loader_barriers + factor_bytes + drawn_bytes
     plan = Plan(kernel, *tile, smem, row.q_in_registers, stages=row.stages, way=way, turn_bytes=turn_bytes)
     plan = replace(plan, loader_barriers=loader_barriers, factor_bytes=factor_bytes)
+    plan = replace(plan, drawing_warps=row.drawing_warps, drawn_bytes=drawn_bytes)
     copying_warps = FP8_COPYING_WARPS if way in ("fp8", "fp8_boxes") else row.copying_warps
     plan = replace(plan, copying_warps=copying_warps, note_bytes=note_bytes(problem, row.num_warps))
     if not hands_over_registers(arch):

@@ -16,7 +16,7 @@ from cutlass import Float32, Int32, Int64, cute
 from flash_attn_sm120.arguments import Modifiers, Numbers
 from flash_attn_sm120.device.alibi import add_alibi
 from flash_attn_sm120.device.block_range import BlockRange
-from flash_attn_sm120.device.dropout import Dropper
+from flash_attn_sm120.device.dropout import Dropper, drop, write_table
 from flash_attn_sm120.device.epilogue import stage_output, store_lse, store_output
 from flash_attn_sm120.device.fp8 import rows_to_f16
 from flash_attn_sm120.device.fragments import accumulators
@@ -47,7 +47,7 @@ from flash_attn_sm120.device.softmax import OnlineSoftmax, apply_softcap
 from flash_attn_sm120.device.stage import Stage, stage_of
 from flash_attn_sm120.device.tile import SharedMatrix
 from flash_attn_sm120.device.visible import is_band, visible_columns
-from flash_attn_sm120.dispatch import TILE_NOTE_BYTES
+from flash_attn_sm120.dispatch import DROP_TABLE_BYTES, TILE_NOTE_BYTES
 
 Q_COLUMNS_KEPT = 240  # in registers, where Q is; head_dim 256 leaves none for the rest
 ROOMY = 180  # registers of a thread for O, S and Q that leave room for more
@@ -111,7 +111,10 @@ class ForwardTile:
     def write_note(self, blocks: BlockRange) -> None:
         write_tile_note(self.note, self.first_row, self.tile, self.seq_q, self.seq_k.length, self.total_k, blocks)
         if self.config.plan.note_bytes > TILE_NOTE_BYTES:
-            write_second_note(self.second_note, self.seq_k.start, self.drop_words(), self.listed())
+            write_second_note(self.second_note, self.seq_k.start, self.listed())
+        if self.config.problem.dropout:
+            seed, threshold, carry, _ = self.modifiers.dropout
+            write_table(self.drop_table, (Int32(seed[0]), Int32(seed[1])), threshold, carry)
         self.write_factor()
 
     def write_factor(self) -> None:
@@ -126,13 +129,6 @@ class ForwardTile:
         if plan.factor_bytes:
             return load_shared_f32(self.shared + plan.factor_offset, 2)[0]
         return self.modifiers.v_descale[batch, head // self.heads_per_kv]
-
-    def drop_words(self) -> tuple[Int32, Int32, Int32, Int32]:
-        """Key, threshold and carry of the Dropper."""
-        if not self.config.problem.dropout:
-            return (Int32(0),) * 4
-        seed, threshold, carry, _ = self.modifiers.dropout
-        return Int32(seed[0]), Int32(seed[1]), threshold, carry
 
     def listed(self) -> tuple[Int32, Int32, Int64, Int64]:
         """No lists; see SparseTile."""
@@ -156,6 +152,8 @@ class ForwardTile:
                     self.loader.feed(self.stage(0))
                 else:
                     self.feed(blocks)
+            elif cutlass.const_expr(plan.drawing_warps):
+                self.draw()
         else:
             if cutlass.const_expr(plan.hands_over_registers):
                 cute.arch.setmaxregister_increase(plan.matrix_registers)
@@ -385,7 +383,7 @@ class ForwardTile:
             self.mask(n)
         tOrP = self.softmax.update(self.tSrS, self.tOrO, config.mma_dtype)
         if config.problem.dropout:
-            tOrP = self.dropper(self.number_anew(i)).drop(tOrP)
+            tOrP = self.drop(tOrP, i)
         sV = config.layout_v.matrix(shared, self.lane, config.offset_v)
         pv_product(sV, tOrP, self.tOrO, config.mma_dtype)
 
@@ -422,14 +420,23 @@ class ForwardTile:
         info = SeqlenInfo(seq_q.length, seqlen_k, seq_q.start, offset_k)
         return Place(batch, head, first, rows, n * plan.tile_n, thread % 32, info, last_col)
 
-    def dropper(self, n: Int32) -> Dropper:
-        """Of block n."""
-        thread, config = thread_anew(), self.config
+    @property
+    def drop_table(self) -> Int32:
+        """Where what dropout draws with lies."""
+        plan = self.config.plan
+        return self.note + (plan.note_bytes - DROP_TABLE_BYTES)
+
+    def drop(self, tOrP: list, i: Int32) -> list:
+        """What dropout leaves of P of the i-th block."""
+        m_frags, n_frags, _ = self.tSrS.shape
+        return drop(tOrP, self.dropper(i, thread_anew() >> 5, lane_anew()).draw(m_frags, n_frags))
+
+    def dropper(self, i: Int32, warp: Int32, lane: Int32) -> Dropper:
+        """Of the i-th block and the rows of a matrix warp."""
+        config = self.config
         first_row, head, batch, _ = load_shared_v4(self.note)
-        _, low, high, threshold = load_shared_v4(self.second_note)
-        _, _, carry, _ = load_shared_v4(self.second_note + 16)
-        row = first_row + (thread >> 5) * config.warp_rows
-        return Dropper((low, high), threshold, carry, batch, head, row, n * config.plan.tile_n, thread % 32)
+        row = first_row + warp * config.warp_rows
+        return Dropper(self.drop_table, batch, head, row, self.number_anew(i) * config.plan.tile_n, lane)
 
     def own_positions(self, at: Positions, thread: Int32) -> list[Int32]:
         """Of the thread's rows."""
