@@ -154,12 +154,13 @@ NARROW_TILES = tuple(
 )
 # Where one warp copies, the other loading warps have time to draw dropout's numbers.
 DRAWN_TILES = tuple(
-    replace(row, ways=("tma",), modifiers=("dropout",), drawing_warps=3) for row in (*COMMON_TILES[:2], LARGEST)
+    replace(row, ways=("tma",), modifiers=("dropout",), drawing_warps=3)
+    for row in (*COMMON_TILES[:2], LARGEST, *COMMON_TILES[3:])
 )
 FORWARD_TILES = (
     *DRAWN_TILES[:2],
     *COMMON_TILES[:2],
-    DRAWN_TILES[2],
+    *DRAWN_TILES[2:],
     replace(LARGEST, ways=("cp_async",), copying_warps=4, masks=("full", "causal")),
     replace(LARGEST, ways=("page_boxes",), copying_warps=4),
     replace(LARGEST, ways=("fp8_boxes",), modifiers=("v_descale",)),
@@ -346,7 +347,7 @@ def _plan_of(row: TileRow, kernel: str, problem: AttentionProblem, way: str, arc
     turn_bytes = TURN_BYTES if row.persistent else 0
     loader_barriers = FP8_COPYING_WARPS if way == "fp8_boxes" else 0
     factor_bytes = FACTOR_BYTES if way == "fp8_boxes" and problem.v_descale else 0
-    drawn_bytes = drawn_bits_bytes(row) + 8 * row.num_warps if row.drawing_warps else 0  # an mbarrier a warp
+    drawn_bytes = drawn_bits_bytes(row) + row.tile_m // 32 * 8 if row.drawing_warps else 0  # an mbarrier a strip
     smem = smem_bytes(problem, row) + turn_bytes + 8 * loader_barriers + factor_bytes + drawn_bytes
     plan = Plan(kernel, *tile, smem, row.q_in_registers, stages=row.stages, way=way, turn_bytes=turn_bytes)
     plan = replace(plan, loader_barriers=loader_barriers, factor_bytes=factor_bytes)

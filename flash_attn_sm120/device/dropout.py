@@ -15,12 +15,13 @@ import cutlass
 from cutlass import Int32, Uint32
 
 from flash_attn_sm120.device.ptx import (
-    keep_where_positive,
+    byte_permute,
     load_shared_v4,
     multiply_wide,
     rotate_left,
     store_shared_b32,
     subtract_bits,
+    thread_anew,
 )
 from flash_attn_sm120.dropout import MIX, MULTIPLIERS, OWN_BITS, ROTATIONS, ROUNDS, TAILS, WEYL
 
@@ -36,7 +37,7 @@ def write_table(shared: Int32, seed: tuple[Int32, Int32], threshold: Int32, carr
     """What each group is drawn with, in DROP_TABLE_BYTES: the rounds' keys, the carry, the threshold's bits from the
     lowest, each in all places of a word."""
     words = [word + _signed(turn * step) for turn in range(ROUNDS) for word, step in zip(seed, WEYL, strict=True)]
-    words += [carry, Int32(0)] + [-(threshold >> i & 1) for i in range(OWN_BITS)]
+    words += [carry, Int32(0)] + [-(threshold >> i & 1) for i in range(OWN_BITS)] + [Int32(0)]  # read in fours
     for i, word in enumerate(words):
         store_shared_b32(shared + 4 * i, word)
 
@@ -86,31 +87,32 @@ class Dropper:
     first_col: Int32  # of the block, a multiple of its columns
     lane: Int32
 
-    def draw(self, m_frags: int, n_frags: int) -> list[Int32]:
-        """As drop takes it, of 16 m_frags rows and 8 n_frags columns."""
-        row = self.first_row // GROUP * 8 + self.lane // 4
-        col = self.first_col // GROUP * 4 + self.lane % 4
-        groups = [col + 4 * i for i in range(-(-n_frags // N_FRAGS))]
-        found = draw(self.table, [(group, row, self.head, self.batch) for group in groups])
-        if m_frags == 1:  # into the places of a group's last rows
-            found = [word << 4 - (self.first_row & 16) // 4 for word in found]
-        if n_frags < N_FRAGS:  # and columns
-            found = [word << 2 - (self.first_col & 16) // 8 for word in found]
-        return found
+    def draw(self, columns: int) -> list[Int32]:
+        """Of each group of 32 columns, and the 32 rows that the warp's are among."""
+        row = (self.first_row >> 5) * 8 + (self.lane >> 2)
+        col = (self.first_col >> 5) * 4 + (self.lane & 3)
+        groups = [col + 4 * i for i in range(-(-columns // GROUP))]
+        return draw(self.table, [(group, row, self.head, self.batch) for group in groups])
+
+
+def own_places(found: list[Int32], m_frags: int) -> list[Int32]:
+    """A warp of 16 rows has half of a group's: its weights into the places of the last 16."""
+    return found if m_frags > 1 else [word << (~thread_anew() >> 3 & 4) for word in found]
 
 
 def drop(tOrP: list, found: list[Int32]) -> list:
     """What is left of P as update of softmax.py returns it. found: of each 32 columns the weights that are dropped; that
-    of block (m, n), row half h and column c of the pair has bit 16 c + 8 h + 4 m + n."""
+    of block (m, n), row half h and column c of the pair has bit 16 c + 8 h + 4 m + n, counted from the end of a group
+    where the block has less than one."""
     left = [[list(pairs) for pairs in row] for row in tOrP]
     m_frags, n_frags = len(tOrP), 2 * len(tOrP[0])
+    found = own_places(found, m_frags)
     for n in range(n_frags):
         word = found[n // N_FRAGS]
         place = n % N_FRAGS + max(N_FRAGS - n_frags, 0)
-        signs = word << N_FRAGS - 1 - place | ABOVE_EVERY_WEIGHT
         for m in range(m_frags):
-            for half in range(2):
+            signs = word << 7 - place - 4 * (m + 2 - m_frags)
+            for half, selector in enumerate((0xAA88, 0xBB99)):
                 pairs, i = left[m][n // 2], 2 * (n % 2) + half
-                shift = STEP * (3 - 2 * half - (m + 2 - m_frags))
-                pairs[i] = keep_where_positive(pairs[i], signs << shift)
+                pairs[i] = pairs[i] & ~byte_permute(signs, signs, selector)
     return left

@@ -16,7 +16,7 @@ from cutlass import Float32, Int32, Int64, cute
 from flash_attn_sm120.arguments import Modifiers, Numbers
 from flash_attn_sm120.device.alibi import add_alibi
 from flash_attn_sm120.device.block_range import BlockRange
-from flash_attn_sm120.device.dropout import Dropper, drop, write_table
+from flash_attn_sm120.device.dropout import GROUP, Dropper, drop, write_table
 from flash_attn_sm120.device.epilogue import stage_output, store_lse, store_output
 from flash_attn_sm120.device.fp8 import rows_to_f16
 from flash_attn_sm120.device.fragments import accumulators
@@ -428,8 +428,11 @@ class ForwardTile:
 
     def drop(self, tOrP: list, i: Int32) -> list:
         """What dropout leaves of P of the i-th block."""
-        m_frags, n_frags, _ = self.tSrS.shape
-        return drop(tOrP, self.dropper(i, thread_anew() >> 5, lane_anew()).draw(m_frags, n_frags))
+        columns, dropper = self.config.plan.tile_n, self.dropper(i, thread_anew() >> 5, lane_anew())
+        found = dropper.draw(columns)
+        if columns < GROUP:  # the block's weights into the places of the last columns
+            found = [word << 2 - (dropper.first_col & 16) // 8 for word in found]
+        return drop(tOrP, found)
 
     def dropper(self, i: Int32, warp: Int32, lane: Int32) -> Dropper:
         """Of the i-th block and the rows of a matrix warp."""
