@@ -63,8 +63,6 @@ class Plan:
     turn_bytes: int = 0  # of the word that says which of its tiles a block is at
     loader_barriers: int = 0  # mbarriers of the loading warps' own
     factor_bytes: int = 0  # of what out is multiplied by, where no register holds what that is found with
-    drawing_warps: int = 0  # of the loading ones, those that draw dropout's numbers for the matrix warps
-    drawn_bytes: int = 0  # of what they draw and of its mbarriers, before the notes
 
     @property
     def persistent(self) -> bool:
@@ -119,7 +117,6 @@ class TileRow:
     ways: tuple[str, ...] = WAYS
     persistent: bool = False
     modifiers: tuple[str, ...] = MODIFIERS
-    drawing_warps: int = 0
 
     def serves(self, problem: AttentionProblem, way: str) -> bool:
         fits = problem.head_dim <= self.head_dim and problem.head_dim_v <= self.head_dim_v
@@ -152,15 +149,8 @@ NARROW_TILES = tuple(
     TileRow(d, d, tile_m=64, tile_n=tile_n, num_warps=4, blocks_per_sm=2, ways=("cp_async", "pages", "tma"))
     for d, tile_n in ((192, 32), (256, 16))
 )
-# Where one warp copies, the other loading warps have time to draw dropout's numbers.
-DRAWN_TILES = tuple(
-    replace(row, ways=("tma",), modifiers=("dropout",), drawing_warps=3)
-    for row in (*COMMON_TILES[:2], LARGEST, *COMMON_TILES[3:])
-)
 FORWARD_TILES = (
-    *DRAWN_TILES[:2],
     *COMMON_TILES[:2],
-    *DRAWN_TILES[2:],
     replace(LARGEST, ways=("cp_async",), copying_warps=4, masks=("full", "causal")),
     replace(LARGEST, ways=("page_boxes",), copying_warps=4),
     replace(LARGEST, ways=("fp8_boxes",), modifiers=("v_descale",)),
@@ -337,21 +327,14 @@ def hands_over_registers(arch: str) -> bool:
     return compute_capability(arch) >= 9
 
 
-def drawn_bits_bytes(row: TileRow) -> int:
-    """Of what is drawn of a block, a bit a weight."""
-    return row.tile_m * row.tile_n // 8
-
-
 def _plan_of(row: TileRow, kernel: str, problem: AttentionProblem, way: str, arch: str) -> Plan:
     tile = (row.tile_m, row.tile_n, row.num_warps, row.blocks_per_sm)
     turn_bytes = TURN_BYTES if row.persistent else 0
     loader_barriers = FP8_COPYING_WARPS if way == "fp8_boxes" else 0
     factor_bytes = FACTOR_BYTES if way == "fp8_boxes" and problem.v_descale else 0
-    drawn_bytes = drawn_bits_bytes(row) + row.tile_m // 32 * 8 if row.drawing_warps else 0  # an mbarrier a strip
-    smem = smem_bytes(problem, row) + turn_bytes + 8 * loader_barriers + factor_bytes + drawn_bytes
+    smem = smem_bytes(problem, row) + turn_bytes + 8 * loader_barriers + factor_bytes
     plan = Plan(kernel, *tile, smem, row.q_in_registers, stages=row.stages, way=way, turn_bytes=turn_bytes)
     plan = replace(plan, loader_barriers=loader_barriers, factor_bytes=factor_bytes)
-    plan = replace(plan, drawing_warps=row.drawing_warps, drawn_bytes=drawn_bytes)
     copying_warps = FP8_COPYING_WARPS if way in ("fp8", "fp8_boxes") else row.copying_warps
     plan = replace(plan, copying_warps=copying_warps, note_bytes=note_bytes(problem, row.num_warps))
     if not hands_over_registers(arch):

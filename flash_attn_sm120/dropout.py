@@ -15,8 +15,8 @@ if TYPE_CHECKING:
 MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 WEYL = (0x9E3779B9, 0xBB67AE85)
 ROUNDS = 7
-# A weight's number has a bit of each of the generator's four words, then one of each tail, the exclusive or of two words
-# that are rotated. All bits of any two weights of a group are independent: no sum of some of them is 0.
+# A weight's number has a bit of each of the generator's four words, then one of each tail: the exclusive or of two
+# words once they are rotated. All bits of two weights' numbers are independent.
 ROTATIONS = (24, 8, 11, 16)
 TAILS = ((0, 1), (2, 3), (0, 2))
 OWN_BITS = len(ROTATIONS) + len(TAILS)
@@ -26,8 +26,8 @@ GROUP = 32  # weights
 
 
 def thresholds(dropout_p: float) -> tuple[int, int]:
-    """(threshold, carry as signed int32): a weight is dropped where its number is below the threshold, or below one more
-    where its group's is below the carry."""
+    """(threshold, carry as signed int32): a weight is dropped where its number is below the threshold, or below one
+    more where its group's is below the carry."""
     whole, part = split_chance(dropout_p)
     return whole, part - (part >> 31 << 32)
 
@@ -79,7 +79,7 @@ def kept(
     b, h, row, group = torch.meshgrid(*axes, indexing="ij")
     dropped = compare(philox((group, row, h, b), key), dropout_p)
     # a place is (column of a pair, 8s of rows, 16s of rows, 8s of columns)
-    places = torch.stack([dropped >> place & 1 for place in range(GROUP)], -1) == 0
+    places = torch.stack([dropped >> place & 1 == 0 for place in range(GROUP)], -1)
     stays = places.unflatten(-1, (2, 2, 2, 4)).unflatten(3, (-1, 4)).unflatten(2, (-1, 8))
     stays = stays.permute(0, 1, 2, 8, 7, 3, 4, 9, 5, 6).flatten(6).flatten(2, 5)
     return stays[:, :, rows.start - 32 * first : rows.stop - 32 * first, :seqlen_k]
@@ -95,6 +95,7 @@ def compare(words: tuple, dropout_p: float) -> torch.Tensor:
         bit = WORD * (whole >> i & 1)
         less = bit & ~word | ~(bit ^ word) & less
     return less & WORD
+
 
 def philox(counter: tuple, key: tuple[int, int]) -> tuple:
     """Four words of counters, int64 tensors that hold 32 bits, to as many random ones."""

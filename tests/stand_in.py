@@ -38,7 +38,10 @@ def launcher(problem: AttentionProblem):
         options |= {name: value for name, value in lengths._asdict().items() if value is not None}
         options |= {name: value for name, value in modifiers._asdict().items() if value is not None}
         if (dropout := options.pop("dropout", None)) is not None:
-            options |= {"dropout_p": (dropout.threshold << 32 | dropout.carry & WORD) / (1 << OWN_BITS + 32), "dropout_seed": dropout.seed}
+            options |= {
+                "dropout_p": (dropout.threshold << 32 | dropout.carry & WORD) / (1 << OWN_BITS + 32),
+                "dropout_seed": dropout.seed,
+            }
         out, lse = reference.attention(given.q, given.k, given.v, **options)
         rows = slice(None if lengths.cu_seqlens_q is None else int(lengths.cu_seqlens_q[-1]))
         write(given.out, given.lse, out, lse, rows, problem.packed_q)

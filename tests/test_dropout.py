@@ -8,7 +8,7 @@ from oracle import assert_right, ints, marks, rand
 from sparse_cases import random_blocks
 
 from flash_attn_sm120 import dropout_mask, flash_attn_func, flash_attn_varlen_func, reference
-from flash_attn_sm120.dropout import philox, thresholds
+from flash_attn_sm120.dropout import OWN_BITS, ROTATIONS, TAILS, philox, split_chance, thresholds
 from flash_attn_sm120.problem import AttentionProblem
 
 BF16, FP16 = torch.bfloat16, torch.float16
@@ -77,6 +77,31 @@ def test_keep_rate(p, seed):
         assert off < 5 * math.sqrt(p * (1 - p) / counted.shape[1]), axis
 
 
+def test_bits_of_two_weights_are_independent():
+    """The bits of a weight's number are sums of bits of random words; those of two weights have full rank."""
+
+    def number(place):
+        words = [1 << 32 * word + place for word in range(4)]
+        turned = [1 << 32 * word + (place - by) % 32 for word, by in enumerate(ROTATIONS)]
+        return words + [turned[a] ^ turned[b] for a, b in TAILS]
+
+    for step in range(1, 32):
+        leading = {}
+        for row in number(0) + number(step):
+            while row and row.bit_length() in leading:
+                row ^= leading[row.bit_length()]
+            leading[row.bit_length()] = row
+        assert 0 not in leading and len(leading) == 2 * OWN_BITS, step
+
+
+@pytest.mark.parametrize("p", [1e-12, 0.003, 0.1, 1 / 3, 0.5, 127 / 128, 1 - 2**-53])
+def test_the_chance_is_kept_to_39_bits(p):
+    threshold, carry = split_chance(p)
+    assert 0 <= threshold < 1 << OWN_BITS and 0 <= carry < 1 << 32
+    assert abs((threshold + carry / 2**32) / 2**OWN_BITS - p) <= 2**-39
+    assert thresholds(p) == (threshold, carry - (carry >> 31 << 32))
+
+
 @pytest.mark.parametrize("p", [0.1, 0.5])
 def test_neighbours_do_not_correlate(p):
     mask = dropout_mask(3, 3, 200, 400, p, SEED).double()
@@ -116,8 +141,8 @@ def test_the_mask_is_the_same_on_a_gpu(gpu):
 
 def test_extremes():
     assert dropout_mask(1, 1, 64, 64, 0.0, 5).all()
-    assert dropout_mask(1, 1, 64, 64, 1e-6, 5).all()
-    assert not dropout_mask(1, 1, 64, 64, 0.999999, 5).any()
+    assert dropout_mask(1, 1, 64, 64, 1e-12, 5).all()
+    assert not dropout_mask(1, 1, 64, 64, 1 - 1e-12, 5).any()
     assert dropout_mask(0, 2, 3, 4, 0.5, 5).shape == (0, 2, 3, 4)
     assert dropout_mask(1, 2, 3, 0, 0.5, 5).shape == (1, 2, 3, 0)
 
@@ -225,9 +250,9 @@ def test_kept_weights_are_scaled(device):
 
 def test_nothing_and_everything_dropped(device):
     q, k, v, _, _ = inputs(device, ((20,), (30,)), heads=(1, 1))
-    assert_right(q, k, v, dropout_p=1e-6, dropout_seed=1)
+    assert_right(q, k, v, dropout_p=1e-12, dropout_seed=1)
     _, plain_lse = reference.attention(q, k, v)
-    out, lse = call(q, k, v, dropout_p=0.999999)
+    out, lse = call(q, k, v, dropout_p=1 - 1e-12)
     assert (out == 0).all()
     torch.testing.assert_close(lse, plain_lse)
 

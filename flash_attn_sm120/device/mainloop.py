@@ -16,7 +16,7 @@ from cutlass import Float32, Int32, Int64, cute
 from flash_attn_sm120.arguments import Modifiers, Numbers
 from flash_attn_sm120.device.alibi import add_alibi
 from flash_attn_sm120.device.block_range import BlockRange
-from flash_attn_sm120.device.dropout import GROUP, Dropper, drop, write_table
+from flash_attn_sm120.device.dropout import Dropper, write_table
 from flash_attn_sm120.device.epilogue import stage_output, store_lse, store_output
 from flash_attn_sm120.device.fp8 import rows_to_f16
 from flash_attn_sm120.device.fragments import accumulators
@@ -50,6 +50,7 @@ from flash_attn_sm120.device.visible import is_band, visible_columns
 from flash_attn_sm120.dispatch import DROP_TABLE_BYTES, TILE_NOTE_BYTES
 
 Q_COLUMNS_KEPT = 240  # in registers, where Q is; head_dim 256 leaves none for the rest
+Q_COLUMNS_LESS = 32  # beside dropout's numbers
 ROOMY = 180  # registers of a thread for O, S and Q that leave room for more
 MATRIX_BARRIER, COPYING_BARRIER = 1, 2  # named barriers of the matrix warps and of those that copy
 
@@ -94,7 +95,7 @@ class ForwardTile:
         self.tSrS = accumulators(m_frags, plan.tile_n // 8)
         self.tOrO = accumulators(m_frags, config.layout_v.cols // 8)
         self.tOrO.fill(0.0)
-        kept = min(config.layout_q.cols, Q_COLUMNS_KEPT) if plan.q_in_registers else 0
+        kept = self.q_columns_kept
         self.tSrQ = cute.make_rmem_tensor((m_frags, kept // 16, 4), Int32) if kept else None
 
     def softmax_scales(self) -> list[Float32]:
@@ -152,8 +153,6 @@ class ForwardTile:
                     self.loader.feed(self.stage(0))
                 else:
                     self.feed(blocks)
-            elif cutlass.const_expr(plan.drawing_warps):
-                self.draw()
         else:
             if cutlass.const_expr(plan.hands_over_registers):
                 cute.arch.setmaxregister_increase(plan.matrix_registers)
@@ -285,11 +284,18 @@ class ForwardTile:
         return not self.fills_registers and self.config.plan.note_bytes == TILE_NOTE_BYTES
 
     @property
+    def q_columns_kept(self) -> int:
+        """Of Q, in registers."""
+        config = self.config
+        if not config.plan.q_in_registers:
+            return 0
+        return min(config.layout_q.cols, Q_COLUMNS_KEPT) - (Q_COLUMNS_LESS if config.problem.dropout else 0)
+
+    @property
     def fills_registers(self) -> bool:
         """Whether O, S and Q alone do."""
         config = self.config
-        q_columns = min(config.layout_q.cols, Q_COLUMNS_KEPT) // 2 if config.plan.q_in_registers else 0
-        columns = config.layout_v.cols + config.plan.tile_n + q_columns
+        columns = config.layout_v.cols + config.plan.tile_n + self.q_columns_kept // 2
         return columns * config.warp_rows // 32 > ROOMY
 
     def count_anew(self, count: Int32) -> Int32:
@@ -383,7 +389,7 @@ class ForwardTile:
             self.mask(n)
         tOrP = self.softmax.update(self.tSrS, self.tOrO, config.mma_dtype)
         if config.problem.dropout:
-            tOrP = self.drop(tOrP, i)
+            tOrP = self.dropper(self.number_anew(i)).drop(tOrP)
         sV = config.layout_v.matrix(shared, self.lane, config.offset_v)
         pv_product(sV, tOrP, self.tOrO, config.mma_dtype)
 
@@ -426,20 +432,12 @@ class ForwardTile:
         plan = self.config.plan
         return self.note + (plan.note_bytes - DROP_TABLE_BYTES)
 
-    def drop(self, tOrP: list, i: Int32) -> list:
-        """What dropout leaves of P of the i-th block."""
-        columns, dropper = self.config.plan.tile_n, self.dropper(i, thread_anew() >> 5, lane_anew())
-        found = dropper.draw(columns)
-        if columns < GROUP:  # the block's weights into the places of the last columns
-            found = [word << 2 - (dropper.first_col & 16) // 8 for word in found]
-        return drop(tOrP, found)
-
-    def dropper(self, i: Int32, warp: Int32, lane: Int32) -> Dropper:
-        """Of the i-th block and the rows of a matrix warp."""
-        config = self.config
+    def dropper(self, n: Int32) -> Dropper:
+        """Of block n."""
+        thread, config = thread_anew(), self.config
         first_row, head, batch, _ = load_shared_v4(self.note)
-        row = first_row + warp * config.warp_rows
-        return Dropper(self.drop_table, batch, head, row, self.number_anew(i) * config.plan.tile_n, lane)
+        row = first_row + (thread >> 5) * config.warp_rows
+        return Dropper(self.drop_table, batch, head, row, n * config.plan.tile_n, thread % 32)
 
     def own_positions(self, at: Positions, thread: Int32) -> list[Int32]:
         """Of the thread's rows."""

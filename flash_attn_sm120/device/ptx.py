@@ -282,12 +282,6 @@ def load_shared_f32(shared: Int32, count: int, *, loc=None, ip=None) -> list[Flo
 
 
 @dsl_user_op
-def store_shared_v2(shared: Int32, values: Sequence[Int32], *, loc=None, ip=None) -> None:
-    operands = [Int32(shared).ir_value(loc=loc, ip=ip)] + [Int32(v).ir_value(loc=loc, ip=ip) for v in values]
-    _asm(None, operands, "st.shared.v2.b32 [$0], {$1, $2};", "r,r,r", volatile=True, loc=loc, ip=ip)
-
-
-@dsl_user_op
 def store_shared_v4(shared: Int32, values: Sequence[Int32], *, loc=None, ip=None) -> None:
     operands = [Int32(shared).ir_value(loc=loc, ip=ip)] + [Int32(v).ir_value(loc=loc, ip=ip) for v in values]
     _asm(None, operands, "st.shared.v4.b32 [$0], {$1, $2, $3, $4};", "r,r,r,r,r", volatile=True, loc=loc, ip=ip)
@@ -323,17 +317,8 @@ def byte_permute(a: Int32, b: Int32, selector: int, *, loc=None, ip=None) -> Int
 
 
 @dsl_user_op
-def keep_where_positive(pair: Int32, signs: Int32, *, loc=None, ip=None) -> Int32:
-    """Of each 16 bits: those of the pair where signs has a number at least as great, 0 where it has a negative one.
-
-    The pair holds float16 or bfloat16 that aren't negative, whose bits are in the numbers' order."""
-    operands = [Int32(x).ir_value(loc=loc, ip=ip) for x in (pair, signs)]
-    text = "min.relu.s16x2 $0, $1, $2;"
-    return Int32(_asm(T.i32(), operands, text, "=r,r,r", volatile=False, loc=loc, ip=ip))
-
-
-@dsl_user_op
 def rotate_left(a: Int32, places: int, *, loc=None, ip=None) -> Int32:
+    """The bits that leave at the top come back at the bottom."""
     operand = Int32(a).ir_value(loc=loc, ip=ip)
     text = f"shf.l.wrap.b32 $0, $1, $1, {places};"
     return Int32(_asm(T.i32(), [operand], text, "=r,r", volatile=False, loc=loc, ip=ip))
@@ -341,7 +326,7 @@ def rotate_left(a: Int32, places: int, *, loc=None, ip=None) -> Int32:
 
 @dsl_user_op
 def subtract_bits(a: Int32, b: Int32, borrow: Int32, *, loc=None, ip=None) -> Int32:
-    """In each place: 1 where a is 1 and b is 0, 0 where it is the other way round, the borrow's bit where they are equal."""
+    """In each place whether b < a, or b <= a where `borrow` is set: the borrow of b - a, handed on bit by bit."""
     operands = [Int32(x).ir_value(loc=loc, ip=ip) for x in (borrow, b, a)]
     text = "lop3.b32 $0, $1, $2, $3, 0xb2;"
     return Int32(_asm(T.i32(), operands, text, "=r,r,r,r", volatile=False, loc=loc, ip=ip))

@@ -20,7 +20,6 @@ from flash_attn_sm120.device.load_fp8_boxes import Fp8BoxLoader
 from flash_attn_sm120.device.load_pages import PagedBoxes, PageLoader, box_rows
 from flash_attn_sm120.device.load_tma import TmaLoader, TmaSource, tile_maps
 from flash_attn_sm120.device.mainloop import ForwardTile
-from flash_attn_sm120.device.mainloop_drawn import DrawnTile
 from flash_attn_sm120.device.mainloop_sparse import SparseTile
 from flash_attn_sm120.device.paged_kv import RowSource, warps_that_copy
 from flash_attn_sm120.device.ptx import PTX_DTYPE
@@ -163,7 +162,7 @@ class FlashAttentionForwardSm80:
         if cutlass.const_expr(problem.k_descale):
             scale = numbers.softmax_scale * modifiers.k_descale[tile.batch, tile.head // heads_per_kv]
             numbers = numbers._replace(softmax_scale=scale)
-        kind = DrawnTile if plan.drawing_warps else SparseTile if problem.block_sparse else ForwardTile
+        kind = SparseTile if problem.block_sparse else ForwardTile
         work = kind(self, tile, seq_q, seq_k, total_k, modifiers, numbers, heads_per_kv)
         atom_k, gK, atom_v, gV = maps[2:]
         inputs = (mQ, mK, mV, work.shared, tile, seq_q, seq_k, lengths)

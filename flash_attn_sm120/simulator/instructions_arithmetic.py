@@ -280,8 +280,6 @@ def _minmax(m, ins):
         fn = np.minimum if is_min else np.maximum
         if modifiers == ("relu",) and dtype == "s32":
             return _simple(m, ins, lambda a, b: np.maximum(fn(a, b), np.int32(0)), dtype)
-        if modifiers == ("relu",) and dtype == "s16x2":
-            return _simple(m, ins, lambda a, b: _halves_or_zero(fn, a, b), "u32")
         _check_modifiers(ins, modifiers, ())
         return _simple(m, ins, fn, dtype)
     _check_modifiers(ins, modifiers, ("ftz", "NaN"))
@@ -295,13 +293,6 @@ def _minmax(m, ins):
     if dtype in ("f16", "bf16", "f16x2", "bf16x2"):
         return _half(m, ins, reduce, dtype)
     return _simple(m, ins, reduce if len(ins.args) == 4 else fn, dtype, "ftz" in modifiers)
-
-
-def _halves_or_zero(fn, a, b):
-    """fn of signed 16-bit halves, 0 where that is negative."""
-    halves = [fn(*((x >> np.uint32(shift)).astype(np.uint16).view(np.int16) for x in (a, b))) for shift in (0, 16)]
-    low, high = (np.maximum(half, np.int16(0)).astype(np.uint32) for half in halves)
-    return low | high << np.uint32(16)
 
 
 @operation("neg", "abs", "not", "cnot")
