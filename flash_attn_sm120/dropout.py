@@ -15,30 +15,27 @@ if TYPE_CHECKING:
 MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 WEYL = (0x9E3779B9, 0xBB67AE85)
 ROUNDS = 7
-BITS = 15  # that decide about a weight: 7 of its own, 8 of its group
-OWN_BITS = 7
+# A weight's number has a bit of each of the generator's four words, then one of each tail: the exclusive or of two
+# words once they are rotated. All bits of two weights' numbers are independent.
+ROTATIONS = (24, 8, 11, 16)
+TAILS = ((0, 1), (2, 3), (0, 2))
+OWN_BITS = len(ROTATIONS) + len(TAILS)
+MIX = 0x9E3779B9  # times the third word, plus the fourth: the group's number
 WORD = 0xFFFFFFFF
-SPREAD = (6, 7, 14, 15, 22, 23, 30, 31)  # where the bits of a group's number lie: top bits of two words' bytes in turn
+GROUP = 32  # weights
 
 
 def thresholds(dropout_p: float) -> tuple[int, int]:
-    """(threshold, in each byte of an int32; carry, as signed int32): a weight is dropped where its 7 bits are below the
-    threshold, or below one more where its group's bits, spread, are below the carry."""
+    """(threshold, carry as signed int32): a weight is dropped where its number is below the threshold, or below one
+    more where its group's is below the carry."""
     whole, part = split_chance(dropout_p)
-    if whole == 1 << OWN_BITS:  # all are
-        whole, part = whole - 1, 1 << BITS - OWN_BITS
-    carry = spread_bits(part) if part < 1 << BITS - OWN_BITS else WORD
-    return whole * 0x01010101, carry - (carry >> 31 << 32)
+    return whole, part - (part >> 31 << 32)
 
 
 def split_chance(dropout_p: float) -> tuple[int, int]:
-    """(what a weight's own bits are compared with, what its group's are) of a chance that is rounded to 2^-BITS."""
-    return divmod(round(dropout_p * (1 << BITS)), 1 << BITS - OWN_BITS)
-
-
-def spread_bits(value: int) -> int:
-    """The 8 bits of a group's number where the generator's words have them; greater for a greater value."""
-    return sum((value >> i & 1) << place for i, place in enumerate(SPREAD))
+    """(what a weight's number is compared with, what its group's is): a chance in units of 2^-39."""
+    bits = OWN_BITS + 32
+    return divmod(min(round(dropout_p * (1 << bits)), (1 << bits) - 1), 1 << 32)
 
 
 def dropout_mask(
@@ -52,7 +49,7 @@ def dropout_mask(
 ) -> torch.Tensor:
     """(batch, heads, seqlen_q, seqlen_k) bool: True where a call of these sizes or larger ones keeps the weight.
 
-    dropout_p: from 0 to below 1, rounded to a multiple of 2^-15. seed: as dropout_seed of flash_attn_func.
+    dropout_p: from 0 to below 1, rounded to a multiple of 2^-39. seed: as dropout_seed of flash_attn_func.
     device: of the result, the CPU or the seed's if None; the result is the same on each.
     """
     import torch
@@ -75,20 +72,29 @@ def kept(
     """A part of dropout_mask."""
     import torch
 
-    # rows of a group are 8 apart, two of each 16; columns two neighbours of each 8, of 32
-    first, last = rows.start // 16 * 16, -(-rows.stop // 16) * 16
-    groups = (range(first // 2, last // 2), range(-(-seqlen_k // 32) * 4))
+    # rows of a group are 8 apart, columns two neighbours of each 8, in a square of 32
+    first, last = rows.start // 32, -(-rows.stop // 32)
+    groups = (range(8 * first, 8 * last), range(-(-seqlen_k // 32) * 4))
     axes = (torch.arange(axis.start, axis.stop, device=device) for axis in (batches, heads, *groups))
     b, h, row, group = torch.meshgrid(*axes, indexing="ij")
-    words = torch.stack(philox((group, row, h, b), key), -1)
+    dropped = compare(philox((group, row, h, b), key), dropout_p)
+    # a place is (column of a pair, 8s of rows, 16s of rows, 8s of columns)
+    places = torch.stack([dropped >> place & 1 == 0 for place in range(GROUP)], -1)
+    stays = places.unflatten(-1, (2, 2, 2, 4)).unflatten(3, (-1, 4)).unflatten(2, (-1, 8))
+    stays = stays.permute(0, 1, 2, 8, 7, 3, 4, 9, 5, 6).flatten(6).flatten(2, 5)
+    return stays[:, :, rows.start - 32 * first : rows.stop - 32 * first, :seqlen_k]
+
+
+def compare(words: tuple, dropout_p: float) -> torch.Tensor:
+    """Which weights of groups are dropped, a bit each; int64 tensors that hold 32 bits, as in philox."""
     whole, part = split_chance(dropout_p)
-    group_number = sum((words[..., 1 - i % 2] >> (place | 1) & 1) << i for i, place in enumerate(SPREAD))
-    limit = whole + torch.as_tensor(group_number < part).long()
-    # (batches, heads, 16s of rows, row of 8, 32s of columns, pair, 8s of columns, which of two rows, which of the pair)
-    drawn = torch.stack([words >> 8 * byte & (1 << OWN_BITS) - 1 for byte in range(4)], -1)
-    stays = (drawn >= limit[..., None, None]).unflatten(2, (-1, 8)).unflatten(4, (-1, 4)).unflatten(7, (2, 2))
-    stays = stays.permute(0, 1, 2, 7, 3, 4, 6, 5, 8).flatten(5).flatten(2, 4)
-    return stays[:, :, rows.start - first : rows.stop - first, :seqlen_k]
+    less = (words[2] * MIX + words[3] & WORD < part).long() * WORD
+    turned = [word << places & WORD | word >> 32 - places for word, places in zip(words, ROTATIONS, strict=True)]
+    numbers = [*words, *(turned[a] ^ turned[b] for a, b in TAILS)]
+    for i, word in enumerate(reversed(numbers)):
+        bit = WORD * (whole >> i & 1)
+        less = bit & ~word | ~(bit ^ word) & less
+    return less & WORD
 
 
 def philox(counter: tuple, key: tuple[int, int]) -> tuple:

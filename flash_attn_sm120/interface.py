@@ -98,7 +98,7 @@ def flash_attn_func(
     cp_world_size, cp_rank, cp_tot_seqused_k: context parallel. k and v hold every cp_world_size-th key of a sequence,
         from key cp_rank on, of cp_tot_seqused_k, int32 (batch,); masks and slopes count positions over all ranks. The
         results of all ranks go to flash_attn_combine.
-    dropout_p: from 0 to below 1, rounded to a multiple of 2^-15: the chance that a weight is dropped after the softmax;
+    dropout_p: from 0 to below 1, rounded to a multiple of 2^-39: the chance that a weight is dropped after the softmax;
         the others are multiplied by 1 / (1 - dropout_p), lse is without dropout.
     dropout_seed: an int from 0 to 2^64 - 1, or int64 of shape (2,) on the GPU with its low and high 32 bits, which a
         replayed graph reads anew; None draws one from PyTorch's generator. What is dropped follows from it, the batch

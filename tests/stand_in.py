@@ -15,7 +15,7 @@ from flash_attn_sm120.arguments import (
 )
 from flash_attn_sm120.checks import UNBOUNDED
 from flash_attn_sm120.dispatch import choose
-from flash_attn_sm120.dropout import BITS
+from flash_attn_sm120.dropout import OWN_BITS, WORD
 from flash_attn_sm120.problem import AttentionProblem, CombineProblem
 
 
@@ -38,7 +38,10 @@ def launcher(problem: AttentionProblem):
         options |= {name: value for name, value in lengths._asdict().items() if value is not None}
         options |= {name: value for name, value in modifiers._asdict().items() if value is not None}
         if (dropout := options.pop("dropout", None)) is not None:
-            options |= {"dropout_p": dropout.threshold / (1 << BITS), "dropout_seed": dropout.seed}
+            options |= {
+                "dropout_p": (dropout.threshold << 32 | dropout.carry & WORD) / (1 << OWN_BITS + 32),
+                "dropout_seed": dropout.seed,
+            }
         out, lse = reference.attention(given.q, given.k, given.v, **options)
         rows = slice(None if lengths.cu_seqlens_q is None else int(lengths.cu_seqlens_q[-1]))
         write(given.out, given.lse, out, lse, rows, problem.packed_q)

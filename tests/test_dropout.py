@@ -8,7 +8,7 @@ from oracle import assert_right, ints, marks, rand
 from sparse_cases import random_blocks
 
 from flash_attn_sm120 import dropout_mask, flash_attn_func, flash_attn_varlen_func, reference
-from flash_attn_sm120.dropout import philox, thresholds
+from flash_attn_sm120.dropout import OWN_BITS, ROTATIONS, TAILS, philox, split_chance, thresholds
 from flash_attn_sm120.problem import AttentionProblem
 
 BF16, FP16 = torch.bfloat16, torch.float16
@@ -29,13 +29,16 @@ def philox_of_ints(counter, key, rounds=7):
 
 
 def kept_by_hand(batch, head, row, column, p, seed):
-    group = (column // 32 * 4 + column % 8 // 2, row // 16 * 8 + row % 8)
+    group = (column // 32 * 4 + column % 8 // 2, row // 32 * 8 + row % 8)
     words = philox_of_ints((*group, head, batch), (seed & WORD, seed >> 32))
-    own = words[column % 32 // 8] >> 8 * (row // 8 % 2 * 2 + column % 2) & 0x7F
-    # eight of the bits that no weight uses, those of greater value from higher bytes
-    shared = "".join(str(words[i] >> 8 * byte + 7 & 1) for byte in (3, 2, 1, 0) for i in (0, 1))
-    threshold, part = divmod(round(p * 2**15), 2**8)
-    return own >= threshold + (int(shared, 2) < part)
+    place = column % 2 * 16 + row // 8 % 2 * 8 + row // 16 % 2 * 4 + column // 8 % 4
+    own = [word >> place & 1 for word in words]
+    # a bit of a word that is rotated to the left stood so much lower before
+    a, b, c, d = (word >> (place - r) % 32 & 1 for word, r in zip(words, (24, 8, 11, 16), strict=True))
+    number = int("".join(map(str, (*own, a ^ b, c ^ d, a ^ c))), 2)
+    groups = (words[2] * 0x9E3779B9 + words[3]) % 2**32
+    threshold, part = divmod(round(p * 2**39), 2**32)
+    return number >= threshold + (groups < part)
 
 
 # Of Random123's own known answers, those of philox4x32 with 7 rounds: counter, key, result.
@@ -66,12 +69,37 @@ def test_every_place_by_hand(seed):
 @pytest.mark.parametrize("seed", [0, SEED])
 def test_keep_rate(p, seed):
     mask = dropout_mask(2, 4, 256, 512, p, seed)
-    chance = 1.0 - round(p * 2**15) / 2**15
-    assert abs(mask.float().mean().item() - chance) < 4 * math.sqrt(p * (1 - p) / mask.numel()) + 2**-16
+    chance = 1.0 - p
+    assert abs(mask.float().mean().item() - chance) < 4 * math.sqrt(p * (1 - p) / mask.numel())
     for axis in range(4) if p > 0.05 else ():  # and for each batch entry, head, row and column, which drop many
         counted = mask.movedim(axis, 0).flatten(1).float()
         off = (counted.mean(1) - chance).abs().max().item()
         assert off < 5 * math.sqrt(p * (1 - p) / counted.shape[1]), axis
+
+
+def test_bits_of_two_weights_are_independent():
+    """The bits of a weight's number are sums of bits of random words; those of two weights have full rank."""
+
+    def number(place):
+        words = [1 << 32 * word + place for word in range(4)]
+        turned = [1 << 32 * word + (place - by) % 32 for word, by in enumerate(ROTATIONS)]
+        return words + [turned[a] ^ turned[b] for a, b in TAILS]
+
+    for step in range(1, 32):
+        leading = {}
+        for row in number(0) + number(step):
+            while row and row.bit_length() in leading:
+                row ^= leading[row.bit_length()]
+            leading[row.bit_length()] = row
+        assert 0 not in leading and len(leading) == 2 * OWN_BITS, step
+
+
+@pytest.mark.parametrize("p", [1e-12, 0.003, 0.1, 1 / 3, 0.5, 127 / 128, 1 - 2**-53])
+def test_the_chance_is_kept_to_39_bits(p):
+    threshold, carry = split_chance(p)
+    assert 0 <= threshold < 1 << OWN_BITS and 0 <= carry < 1 << 32
+    assert abs((threshold + carry / 2**32) / 2**OWN_BITS - p) <= 2**-39
+    assert thresholds(p) == (threshold, carry - (carry >> 31 << 32))
 
 
 @pytest.mark.parametrize("p", [0.1, 0.5])
@@ -113,8 +141,8 @@ def test_the_mask_is_the_same_on_a_gpu(gpu):
 
 def test_extremes():
     assert dropout_mask(1, 1, 64, 64, 0.0, 5).all()
-    assert dropout_mask(1, 1, 64, 64, 1e-6, 5).all()
-    assert not dropout_mask(1, 1, 64, 64, 0.999999, 5).any()
+    assert dropout_mask(1, 1, 64, 64, 1e-12, 5).all()
+    assert not dropout_mask(1, 1, 64, 64, 1 - 1e-12, 5).any()
     assert dropout_mask(0, 2, 3, 4, 0.5, 5).shape == (0, 2, 3, 4)
     assert dropout_mask(1, 2, 3, 0, 0.5, 5).shape == (1, 2, 3, 0)
 
@@ -222,9 +250,9 @@ def test_kept_weights_are_scaled(device):
 
 def test_nothing_and_everything_dropped(device):
     q, k, v, _, _ = inputs(device, ((20,), (30,)), heads=(1, 1))
-    assert_right(q, k, v, dropout_p=1e-6, dropout_seed=1)
+    assert_right(q, k, v, dropout_p=1e-12, dropout_seed=1)
     _, plain_lse = reference.attention(q, k, v)
-    out, lse = call(q, k, v, dropout_p=0.999999)
+    out, lse = call(q, k, v, dropout_p=1 - 1e-12)
     assert (out == 0).all()
     torch.testing.assert_close(lse, plain_lse)
 

@@ -16,7 +16,7 @@ from cutlass import Float32, Int32, Int64, cute
 from flash_attn_sm120.arguments import Modifiers, Numbers
 from flash_attn_sm120.device.alibi import add_alibi
 from flash_attn_sm120.device.block_range import BlockRange
-from flash_attn_sm120.device.dropout import Dropper
+from flash_attn_sm120.device.dropout import Dropper, write_table
 from flash_attn_sm120.device.epilogue import stage_output, store_lse, store_output
 from flash_attn_sm120.device.fp8 import rows_to_f16
 from flash_attn_sm120.device.fragments import accumulators
@@ -47,9 +47,10 @@ from flash_attn_sm120.device.softmax import OnlineSoftmax, apply_softcap
 from flash_attn_sm120.device.stage import Stage, stage_of
 from flash_attn_sm120.device.tile import SharedMatrix
 from flash_attn_sm120.device.visible import is_band, visible_columns
-from flash_attn_sm120.dispatch import TILE_NOTE_BYTES
+from flash_attn_sm120.dispatch import DROP_TABLE_BYTES, TILE_NOTE_BYTES
 
 Q_COLUMNS_KEPT = 240  # in registers, where Q is; head_dim 256 leaves none for the rest
+Q_COLUMNS_LESS = 32  # beside dropout's numbers
 ROOMY = 180  # registers of a thread for O, S and Q that leave room for more
 MATRIX_BARRIER, COPYING_BARRIER = 1, 2  # named barriers of the matrix warps and of those that copy
 
@@ -94,7 +95,7 @@ class ForwardTile:
         self.tSrS = accumulators(m_frags, plan.tile_n // 8)
         self.tOrO = accumulators(m_frags, config.layout_v.cols // 8)
         self.tOrO.fill(0.0)
-        kept = min(config.layout_q.cols, Q_COLUMNS_KEPT) if plan.q_in_registers else 0
+        kept = self.q_columns_kept
         self.tSrQ = cute.make_rmem_tensor((m_frags, kept // 16, 4), Int32) if kept else None
 
     def softmax_scales(self) -> list[Float32]:
@@ -111,7 +112,10 @@ class ForwardTile:
     def write_note(self, blocks: BlockRange) -> None:
         write_tile_note(self.note, self.first_row, self.tile, self.seq_q, self.seq_k.length, self.total_k, blocks)
         if self.config.plan.note_bytes > TILE_NOTE_BYTES:
-            write_second_note(self.second_note, self.seq_k.start, self.drop_words(), self.listed())
+            write_second_note(self.second_note, self.seq_k.start, self.listed())
+        if self.config.problem.dropout:
+            seed, threshold, carry, _ = self.modifiers.dropout
+            write_table(self.drop_table, (Int32(seed[0]), Int32(seed[1])), threshold, carry)
         self.write_factor()
 
     def write_factor(self) -> None:
@@ -126,13 +130,6 @@ class ForwardTile:
         if plan.factor_bytes:
             return load_shared_f32(self.shared + plan.factor_offset, 2)[0]
         return self.modifiers.v_descale[batch, head // self.heads_per_kv]
-
-    def drop_words(self) -> tuple[Int32, Int32, Int32, Int32]:
-        """Key, threshold and carry of the Dropper."""
-        if not self.config.problem.dropout:
-            return (Int32(0),) * 4
-        seed, threshold, carry, _ = self.modifiers.dropout
-        return Int32(seed[0]), Int32(seed[1]), threshold, carry
 
     def listed(self) -> tuple[Int32, Int32, Int64, Int64]:
         """No lists; see SparseTile."""
@@ -287,11 +284,18 @@ class ForwardTile:
         return not self.fills_registers and self.config.plan.note_bytes == TILE_NOTE_BYTES
 
     @property
+    def q_columns_kept(self) -> int:
+        """Of Q, in registers."""
+        config = self.config
+        if not config.plan.q_in_registers:
+            return 0
+        return min(config.layout_q.cols, Q_COLUMNS_KEPT) - (Q_COLUMNS_LESS if config.problem.dropout else 0)
+
+    @property
     def fills_registers(self) -> bool:
         """Whether O, S and Q alone do."""
         config = self.config
-        q_columns = min(config.layout_q.cols, Q_COLUMNS_KEPT) // 2 if config.plan.q_in_registers else 0
-        columns = config.layout_v.cols + config.plan.tile_n + q_columns
+        columns = config.layout_v.cols + config.plan.tile_n + self.q_columns_kept // 2
         return columns * config.warp_rows // 32 > ROOMY
 
     def count_anew(self, count: Int32) -> Int32:
@@ -422,14 +426,18 @@ class ForwardTile:
         info = SeqlenInfo(seq_q.length, seqlen_k, seq_q.start, offset_k)
         return Place(batch, head, first, rows, n * plan.tile_n, thread % 32, info, last_col)
 
+    @property
+    def drop_table(self) -> Int32:
+        """Where what dropout draws with lies."""
+        plan = self.config.plan
+        return self.note + (plan.note_bytes - DROP_TABLE_BYTES)
+
     def dropper(self, n: Int32) -> Dropper:
         """Of block n."""
         thread, config = thread_anew(), self.config
         first_row, head, batch, _ = load_shared_v4(self.note)
-        _, low, high, threshold = load_shared_v4(self.second_note)
-        _, _, carry, _ = load_shared_v4(self.second_note + 16)
         row = first_row + (thread >> 5) * config.warp_rows
-        return Dropper((low, high), threshold, carry, batch, head, row, n * config.plan.tile_n, thread % 32)
+        return Dropper(self.drop_table, batch, head, row, n * config.plan.tile_n, thread % 32)
 
     def own_positions(self, at: Positions, thread: Int32) -> list[Int32]:
         """Of the thread's rows."""

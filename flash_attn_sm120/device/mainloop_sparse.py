@@ -21,7 +21,7 @@ from flash_attn_sm120.device.ptx import (
 from flash_attn_sm120.device.scheduler import read_blocks
 from flash_attn_sm120.device.seqlen import clamp, divide
 from flash_attn_sm120.device.tile import SharedMatrix
-from flash_attn_sm120.dispatch import LISTED_BYTES
+from flash_attn_sm120.dispatch import SECOND_NOTE_BYTES
 
 EDGE = 1 << 30  # beside a tile's number: it is at an edge of what may be seen
 
@@ -121,7 +121,7 @@ class SparseTile(ForwardTile):
 
     def told_at(self, i: Int32) -> Int32:
         """Where the i-th tile's number lies until the third one after it has room."""
-        return self.note + (self.config.plan.note_bytes - LISTED_BYTES) + (i & 3) * 4
+        return self.second_note + SECOND_NOTE_BYTES + (i & 3) * 4
 
     def notices(self, barrier: str) -> int:
         return super().notices(barrier) + (barrier == "k_full")

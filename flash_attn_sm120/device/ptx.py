@@ -317,6 +317,22 @@ def byte_permute(a: Int32, b: Int32, selector: int, *, loc=None, ip=None) -> Int
 
 
 @dsl_user_op
+def rotate_left(a: Int32, places: int, *, loc=None, ip=None) -> Int32:
+    """The bits that leave at the top come back at the bottom."""
+    operand = Int32(a).ir_value(loc=loc, ip=ip)
+    text = f"shf.l.wrap.b32 $0, $1, $1, {places};"
+    return Int32(_asm(T.i32(), [operand], text, "=r,r", volatile=False, loc=loc, ip=ip))
+
+
+@dsl_user_op
+def subtract_bits(a: Int32, b: Int32, borrow: Int32, *, loc=None, ip=None) -> Int32:
+    """In each place whether b < a, or b <= a where `borrow` is set: the borrow of b - a, handed on bit by bit."""
+    operands = [Int32(x).ir_value(loc=loc, ip=ip) for x in (borrow, b, a)]
+    text = "lop3.b32 $0, $1, $2, $3, 0xb2;"
+    return Int32(_asm(T.i32(), operands, text, "=r,r,r,r", volatile=False, loc=loc, ip=ip))
+
+
+@dsl_user_op
 def multiply_wide(a: Int32, factor: int, *, loc=None, ip=None) -> tuple[Int32, Int32]:
     """(high, low) 32 bits of the product of two unsigned 32-bit numbers."""
     struct = llvm.StructType.get_literal([T.i32()] * 2)

@@ -60,10 +60,11 @@ def write_tile_note(
         store_shared_b32(shared + 4 * i, value)
 
 
-def write_second_note(shared: Int32, offset_k: Int32, drop: tuple, lists: tuple) -> None:
-    """What changes need, likewise. offset_k: of SeqlenInfo; drop: (low, high, threshold, carry) of dropout; lists:
-    (tiles of the mask list, tiles of the full list, address of the first's blocks, of the second's)."""
-    words = [offset_k, *drop[:3], *lists[:2], drop[3], Int32(0)]  # read in fours
+def write_second_note(shared: Int32, offset_k: Int32, lists: tuple) -> None:
+    """What changes need, likewise. offset_k: of SeqlenInfo; lists: (tiles of the mask list, tiles of the full list,
+    address of the first's blocks, of the second's)."""
+    zero = Int32(0)
+    words = [offset_k, zero, zero, zero, *lists[:2], zero, zero]  # read in fours
     words += [word for address in lists[2:] for word in (Int32(address), Int32(address >> 32))]
     for i, word in enumerate(words):
         store_shared_b32(shared + 4 * i, word)
