@@ -11,7 +11,7 @@ PAGE = 16  # rows of a page, vLLM's own choice
 PACKED = {"packed_q": True, "packed_k": True}
 PADDED = {"seqused_k": True}  # batches with padding, and caches of a fixed size
 PAGED = {"packed_q": True, "seqused_k": True, "page_size": PAGE}
-SCALED = {"k_descale": True, "v_descale": True}
+SCALED = {"v_descale": True}  # K's factor as a number, as vLLM's layers give it
 
 
 @dataclass(frozen=True)

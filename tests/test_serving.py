@@ -93,6 +93,18 @@ def test_pages_of_bytes_over_many_blocks(case, device):
     serving_cases.run(case, device.torch_device)
 
 
+@pytest.mark.parametrize("kv_dtype", [E4M3, E5M2])
+def test_every_finite_value_of_v(kv_dtype, device):
+    """bfloat16 P is rounded to f16 where V is 8-bit: subnormal values count, the largest don't overflow."""
+    on = device.torch_device
+    q, k = rand(on, 2, 40, 2, 128), rand(on, 12, 16, 1, 128).to(kv_dtype)
+    v = torch.arange(k.numel(), device=on).mul(37).to(torch.uint8).view(kv_dtype)  # each byte in each column
+    v = v.float().nan_to_num(0.0, 0.0, 0.0).to(kv_dtype).view(k.shape)
+    v[:6] = v[:6].float().mul(2.0**-12).to(kv_dtype)
+    table, used = torch.randperm(12).view(2, 6).int().to(on), ints(on, 90, 51)
+    assert_right(q, k, v, page_table=table, seqused_k=used, causal=True)
+
+
 @pytest.mark.parametrize("layout", serving_cases.LAYOUTS)
 @pytest.mark.parametrize("rows", [2, 40])
 def test_every_pool(rows, layout, device):

@@ -14,6 +14,7 @@ from cutlass import Int32, Int64, cute
 from flash_attn_sm120.device.fp8 import KINDS
 from flash_attn_sm120.device.load_pages import PagedBoxes, PageLoader
 from flash_attn_sm120.device.ptx import (
+    again,
     fp8_to_pairs,
     lane_anew,
     load_global_b32_if,
@@ -22,7 +23,7 @@ from flash_attn_sm120.device.ptx import (
     thread_anew,
 )
 from flash_attn_sm120.device.scheduler import read_block_count, read_blocks
-from flash_attn_sm120.device.seqlen import clamp, divide
+from flash_attn_sm120.device.seqlen import divide
 from flash_attn_sm120.device.stage import Stage
 
 UNIT_BYTES = 16
@@ -44,34 +45,27 @@ class Fp8BoxLoader(PageLoader):
 
     @cute.jit
     def feed(self, stage: Stage):
-        """All tiles, K and V of a block in turn, with the same code. What notes hold is read anew for each, as few
-        registers are left beside the conversion."""
+        """All tiles, K and V of a block in turn, with the same code but for what bytes become. What notes hold is read
+        anew for each, as few registers are left beside the conversion."""
         self._look_up(read_blocks(self.note).end - 1)
         turn = Int32(0)
         while turn < 2 * read_block_count(self.note):
             n, is_v = read_blocks(self.note).end - 1 - (turn >> 1), turn & 1
-            if is_v == 0:
-                self._turn_page(n)
-            full, free = stage.bars["k_full"] + 2 * is_v, stage.bars["k_free"] + 2 * is_v
-            cute.arch.mbarrier_wait(free, (turn >> 1 & 1) ^ 1)
+            cute.arch.mbarrier_wait(stage.bars["k_free"] + 2 * is_v, (turn >> 1 & 1) ^ 1)
             self._bring(n, is_v, stage.shared + self.config.offset_k + is_v * self.config.layout_k.bytes)
+            self._convert(stage, turn)
             cute.arch.sync_warp()
-            if lane_anew() == 0:
-                cute.arch.mbarrier_arrive(full)
+            self._arrive(stage.bars["k_full"] + 2 * (again(turn) & 1))
             cute.arch.fence_proxy("async.shared", space="cta")  # before the copies that come next
             turn = turn + 1
 
     def _look_up(self, n: Int32) -> None:
-        self.next_page[0] = self._numbers(n)
-
-    def _turn_page(self, n: Int32) -> None:
-        self.page[0] = clamp(self.next_page[0], Int32(0), self.keys.num_pages - 1)
-        self._look_up(n - 1)
+        self.page[0] = self._numbers(n)
 
     @cute.jit
     def _bring(self, n: Int32, is_v: Int32, shared: Int32):
-        """The warp's rows of tile n of K or V, which begins at `shared`. The warp's mbarrier counts one after the
-        other."""
+        """The bytes of the warp's rows of tile n of K or V, which begins at `shared`. The warp's mbarrier counts one
+        after the other. Page numbers of the tile after are looked up while V's bytes come."""
         layout, barrier = self.config.layout_k, self._own_barrier()
         if lane_anew() == 0:
             cute.arch.mbarrier_arrive_and_expect_tx(barrier, self.own_rows * layout.row_bytes)
@@ -80,8 +74,8 @@ class Fp8BoxLoader(PageLoader):
             self._start(self.boxes_k, self._places(n), shared + layout.chunk_bytes, barrier)
         else:
             self._start(self.boxes_v, self._places(n), shared + layout.chunk_bytes, barrier)
+            self._look_up(n - 1)
         cute.arch.mbarrier_wait(barrier, is_v)
-        self._convert(layout, shared, n)
 
     def _own_barrier(self) -> cute.Pointer:
         plan = self.config.plan
@@ -99,27 +93,38 @@ class Fp8BoxLoader(PageLoader):
         return load_global_b32_if(row + Int64(index) * 4, Int32((lane < self.count) & (length > 0)))
 
     @cute.jit
-    def _convert(self, layout: cutlass.Constexpr, shared: Int32, n: Int32):
-        """Rows beyond the sequence become zeros. Eight lanes that go together take rows r and r ^ 5, whose units lie in
-        eight bank groups both as bytes and as what they become."""
-        lane = lane_anew()
+    def _convert(self, stage: Stage, turn: Int32):
+        """Eight lanes that go together take rows r and r ^ 5, whose units lie in eight bank groups both as bytes and
+        as what they become."""
+        layout, lane, is_v = self.config.layout_k, lane_anew(), again(turn) & 1
         row, unit = (lane >> 3) ^ (lane >> 2 & 1) * 5, lane & 3
-        own = self._first_row() + row
-        first = shared + own * layout.row_bytes
+        first = stage.shared + self.config.offset_k + is_v * layout.bytes + (self._first_row() + row) * layout.row_bytes
         source = first + layout.chunk_bytes + (unit ^ row) * UNIT_BYTES
         target = first + (2 * unit ^ row) * UNIT_BYTES
-        _, _, _, length = load_shared_v4(self.note)
-        rows_left = length - n * self.keys.tile_n - own
+        if is_v == 0:
+            self._convert_rows(source, target, turn, self.config.mma_dtype)
+        else:
+            self._convert_rows(source, target, turn, self.config.pv_dtype)
+
+    @cute.jit
+    def _convert_rows(self, source: Int32, target: Int32, turn: Int32, dtype: cutlass.Constexpr):
+        """source, target: of the lane's unit of a row's first half, as bytes and as what they become."""
+        layout = self.config.layout_k
         for i in cutlass.range(HALVES * self.own_rows // ROWS_A_PASS, unroll=1):
             half, beyond = i & 1, (i >> 1) * ROWS_A_PASS
             words = load_shared_v4((source ^ half * (layout.row_bytes // HALVES)) + beyond * layout.row_bytes)
             cute.arch.sync_warp()  # the second half's take the place of a row's bytes
-            words = [cutlass.select_(beyond < rows_left, word, Int32(0)) for word in words]
+            if turn < 2:
+                words = self._present(words, beyond)
             place = target + half * layout.chunk_bytes + beyond * layout.row_bytes
             for j in cutlass.range_constexpr(2):
-                pairs = [
-                    pair
-                    for word in words[2 * j : 2 * j + 2]
-                    for pair in fp8_to_pairs(word, self.kind, self.config.mma_dtype)
-                ]
+                pairs = [pair for word in words[2 * j : 2 * j + 2] for pair in fp8_to_pairs(word, self.kind, dtype)]
                 store_shared_v4(place ^ j * UNIT_BYTES, pairs)
+
+    def _present(self, words: list[Int32], beyond: Int32) -> list[Int32]:
+        """Zeros in a row that isn't there, as may be in the last block of keys; it is `beyond` rows on from the lane's
+        first."""
+        lane, (_, _, _, length) = lane_anew(), load_shared_v4(self.note)
+        row = (lane >> 3) ^ (lane >> 2 & 1) * 5
+        first = (read_blocks(self.note).end - 1) * self.keys.tile_n + self._first_row()
+        return [cutlass.select_(first + row + beyond < length, word, Int32(0)) for word in words]

@@ -387,11 +387,11 @@ class ForwardTile:
             self.apply_mods(place, modded)
         if masked:
             self.mask(n)
-        tOrP = self.softmax.update(self.tSrS, self.tOrO, config.mma_dtype)
+        tOrP = self.softmax.update(self.tSrS, self.tOrO, config.pv_dtype)
         if config.problem.dropout:
             tOrP = self.dropper(self.number_anew(i)).drop(tOrP)
         sV = config.layout_v.matrix(shared, self.lane, config.offset_v)
-        pv_product(sV, tOrP, self.tOrO, config.mma_dtype)
+        pv_product(sV, tOrP, self.tOrO, config.pv_dtype)
 
     def number_anew(self, i: Int32) -> Int32:
         """Of the i-th block, from memory, so that no register holds it through the products."""

@@ -350,7 +350,7 @@ class FlashAttnSm120Impl(AttentionImpl):
             "learnable_sink": self.sinks,
         }
         if self.kv_cache_dtype in FLOAT8:
-            options["k_descale"], options["v_descale"] = layer._k_scale, layer._v_scale
+            options["k_descale"], options["v_descale"] = _k_descale(layer), layer._v_scale
         if self.dcp_world_size == 1:
             self._attend(query, k, v, attn_metadata, options, output)
         else:
@@ -482,6 +482,16 @@ def _part(whole: Part, first_request: int, last_request: int, first: int, last: 
         None if whole.total_lens is None else whole.total_lens[requests],
         whole.block_table[requests],
     )
+
+
+def _k_descale(layer: torch.nn.Module) -> torch.Tensor | float:
+    """The layer's factor of K as the number that vLLM keeps beside the tensor: scores take a number for nothing, a
+    tensor costs prefill its largest tile. The tensor while a first step is still to calculate it, and where each head
+    has one, of which the number is but the largest."""
+    scale, number = layer._k_scale, getattr(layer, "_k_scale_float", None)
+    if number is None or getattr(layer, "calculate_kv_scales", False) or scale.numel() > 1:
+        return scale
+    return number
 
 
 def _refuse_masks(common: CommonAttentionMetadata) -> None:

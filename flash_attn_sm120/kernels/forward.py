@@ -44,6 +44,8 @@ class FlashAttentionForwardSm80:
         self.plan = plan
         self.dtype = PTX_DTYPE[problem.dtype]
         self.mma_dtype = "f16" if plan.way == "fp8" else self.dtype  # 8-bit values are exact in both
+        # P, up to 2^GROWTH, and V of 8 bits fit f16, which V becomes with one conversion a pair where bf16 takes four
+        self.pv_dtype = "f16" if plan.way == "fp8_boxes" else self.mma_dtype
         self.q_to_f16 = self.mma_dtype != self.dtype
         self.num_threads = 32 * (plan.num_warps + plan.loading_warps)
         self.warp_rows = plan.tile_m // plan.num_warps

@@ -422,6 +422,31 @@ def test_a_float8_cache_that_says_so(reference_kernels, monkeypatch):
     )
 
 
+@pytest.mark.parametrize("pending", [False, True])
+def test_keys_factor_is_a_number_once_vllm_has_it(reference_kernels, monkeypatch, pending):
+    """While a first step is still to calculate it, the number beside the tensor isn't its value."""
+    case, given = Case(monkeypatch, MIXED, name="fp8"), []
+    number = 1.0 if pending else case.layer._k_scale.item()
+    vars(case.layer).update(_k_scale_float=number, _v_scale_float=1.0, calculate_kv_scales=pending)
+    call = own.flash_attn_varlen_func
+
+    def record(*tensors, **options):
+        given.append(options["k_descale"])
+        return call(*tensors, **options)
+
+    monkeypatch.setattr(own, "flash_attn_varlen_func", record)
+    metadata, out = builder_of().build(0, common(*MIXED, case.table)), torch.empty_like(case.q)
+    case.check(case.impl().forward(case.layer, case.q, None, None, case.cache, metadata, out), causal=True)
+    assert given and all((scale is case.layer._k_scale) if pending else scale == number for scale in given)
+
+
+def test_heads_with_factors_of_their_own_keep_them():
+    """vLLM's number is the largest of them then."""
+    layer = SimpleNamespace(_k_scale=torch.tensor([0.5, 2.0]), _k_scale_float=2.0, calculate_kv_scales=False)
+    assert own._k_descale(layer) is layer._k_scale
+    assert own._k_descale(layer_of(0.25)).item() == 0.25  # a layer without numbers
+
+
 @pytest.mark.parametrize(
     ("options", "exact"),
     [
