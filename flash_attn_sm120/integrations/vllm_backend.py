@@ -484,7 +484,7 @@ def _part(whole: Part, first_request: int, last_request: int, first: int, last: 
     )
 
 
-def _k_descale(layer: torch.nn.Module) -> torch.Tensor | float:
+def _k_descale(layer: Any) -> torch.Tensor | float:
     """The layer's factor of K as the number that vLLM keeps beside the tensor: scores take a number for nothing, a
     tensor costs prefill its largest tile. The tensor while a first step is still to calculate it, and where each head
     has one, of which the number is but the largest."""
