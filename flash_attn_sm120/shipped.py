@@ -11,7 +11,7 @@ PAGE = 16  # rows of a page, vLLM's own choice
 PACKED = {"packed_q": True, "packed_k": True}
 PADDED = {"seqused_k": True}  # batches with padding, and caches of a fixed size
 PAGED = {"packed_q": True, "seqused_k": True, "page_size": PAGE}
-SCALED = {"v_descale": True}  # K's factor as a number, as vLLM's layers give it
+SCALED = {"v_descale": True}  # of 8-bit pages; K's factor is a number, as vLLM's layers have it, or a tensor too
 
 
 @dataclass(frozen=True)
@@ -44,9 +44,10 @@ class Shapes:
                 ways += [way | self._decode(split) for way in ({}, PADDED, paged) for split in (False, True)]
                 found += [self._problem(dtype, options | way) for way in ways]
             for kv_dtype in self.kv_dtypes:
-                stored = paged | SCALED | {"kv_dtype": kv_dtype}
-                ways = [stored, stored | self._decode(False), stored | self._decode(True)]
-                found += [self._problem(self.dtypes[0], options | way) for way in ways]
+                for k_descale in (False, True):
+                    stored = paged | SCALED | {"kv_dtype": kv_dtype, "k_descale": k_descale}
+                    ways = [stored, stored | self._decode(False), stored | self._decode(True)]
+                    found += [self._problem(self.dtypes[0], options | way) for way in ways]
         return found
 
     def _decode(self, split: bool) -> dict[str, bool]:

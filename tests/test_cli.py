@@ -164,7 +164,7 @@ def test_compile_to_files(tmp_path, monkeypatch, capsys):
     ]
     assert cli.main(["compile", *options]) == 1
     text = capsys.readouterr().out
-    assert len(jobs) == 13 and text.count("no 192") == 9 and "0 files of 13 variants" in text
+    assert len(jobs) == 16 and text.count("no 192") == 11 and "0 files of 16 variants" in text
     assert {(job.arch, job.hosts, job.cuda) for job in jobs} == {("sm_90a", ("aarch64",), 12)}
     for wrong, message in (
         (["--arch", "sm_90"], "--arch: expected targets such as sm_120a, got 'sm_90'"),

@@ -290,13 +290,14 @@ def test_calls_of_known_models_are_shipped(recorder):
         for dtype in shapes.dtypes:
             _call(shapes, getattr(torch, dtype), None)
         for kv_dtype in shapes.kv_dtypes:
-            _call(shapes, getattr(torch, shapes.dtypes[0]), getattr(torch, kv_dtype))
+            for k_descale in (0.5, torch.ones(1)):
+                _call(shapes, getattr(torch, shapes.dtypes[0]), getattr(torch, kv_dtype), k_descale)
     shipped = set(shipped_variants())
     assert not set(recorder.problems) - shipped
     assert len(set(recorder.problems)) > 0.9 * len(shipped)
 
 
-def _call(shapes, dtype, kv_dtype):
+def _call(shapes, dtype, kv_dtype, k_descale=None):
     d, dv = shapes.head_dim, shapes.head_dim_v or shapes.head_dim
     for mask in shapes.masks:
         options = {"causal": True, "window_size": (-1, -1) if mask == "causal" else (100, 0)}
@@ -304,7 +305,7 @@ def _call(shapes, dtype, kv_dtype):
             options["learnable_sink"] = torch.zeros(8, dtype=torch.bfloat16)
         pages = [torch.zeros(2, 16, 2, columns).to(kv_dtype or dtype) for columns in (d, dv)]
         if kv_dtype is not None:
-            options["k_descale"] = options["v_descale"] = torch.ones(1)
+            options |= {"k_descale": k_descale, "v_descale": torch.ones(1)}
         for rows, splits in ((40, 0), (1, 1), (1, 8)):
             q, table = torch.zeros(rows, 8, d, dtype=dtype), torch.zeros(1, 1000, dtype=torch.int32)
             served = {"seqused_k": ints("cpu", 9000), "page_table": table, "num_splits": splits}
