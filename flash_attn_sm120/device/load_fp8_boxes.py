@@ -94,10 +94,9 @@ class Fp8BoxLoader(PageLoader):
 
     @cute.jit
     def _convert(self, stage: Stage, turn: Int32):
-        """Eight lanes that go together take rows r and r ^ 5, whose units lie in eight bank groups both as bytes and
-        as what they become."""
+        """Each lane its unit, K's to what Q K^T multiplies and V's to what P V does."""
         layout, lane, is_v = self.config.layout_k, lane_anew(), again(turn) & 1
-        row, unit = (lane >> 3) ^ (lane >> 2 & 1) * 5, lane & 3
+        row, unit = _row_of(lane), lane & 3
         first = stage.shared + self.config.offset_k + is_v * layout.bytes + (self._first_row() + row) * layout.row_bytes
         source = first + layout.chunk_bytes + (unit ^ row) * UNIT_BYTES
         target = first + (2 * unit ^ row) * UNIT_BYTES
@@ -124,7 +123,12 @@ class Fp8BoxLoader(PageLoader):
     def _present(self, words: list[Int32], beyond: Int32) -> list[Int32]:
         """Zeros in a row that isn't there, as may be in the last block of keys; it is `beyond` rows on from the lane's
         first."""
-        lane, (_, _, _, length) = lane_anew(), load_shared_v4(self.note)
-        row = (lane >> 3) ^ (lane >> 2 & 1) * 5
+        row, (_, _, _, length) = _row_of(lane_anew()), load_shared_v4(self.note)
         first = (read_blocks(self.note).end - 1) * self.keys.tile_n + self._first_row()
         return [cutlass.select_(first + row + beyond < length, word, Int32(0)) for word in words]
+
+
+def _row_of(lane: Int32) -> Int32:
+    """Of a pass: eight lanes that go together take rows r and r ^ 5, whose units lie in eight bank groups both as bytes
+    and as what they become."""
+    return (lane >> 3) ^ (lane >> 2 & 1) * 5
