@@ -170,7 +170,7 @@ def memory(tokens_a_gpu: int, worlds: Iterable[int], groups: dict[int, Any]) -> 
 
 
 def overlap(tokens: int, rank: int, world: int) -> dict[str, dict[str, float]]:
-    """Of each way: ms of NCCL kernels on this rank, what part of it attention kernels run under, and the call's ms."""
+    """Of each way: ms of NCCL kernels on this rank, what shares of it have other kernels beside, and the call's ms."""
     own = [shard(x, rank, world) for x in qkv(tokens)]
     found = {}
     for way, function in WAYS.items():
@@ -195,27 +195,42 @@ def overlap(tokens: int, rank: int, world: int) -> dict[str, dict[str, float]]:
 
 
 def under(kernels: list[dict]) -> dict[str, float]:
-    """kernels: of a trace, with name, ts and dur in microseconds."""
-    spans: dict[bool, list[tuple[float, float]]] = {True: [], False: []}
+    """kernels: of a trace, with name, ts and dur in microseconds. Others: all but NCCL's."""
+    spans: dict[str, list[tuple[float, float]]] = {"nccl": [], "attention": [], "others": []}
     for event in kernels:
-        sends = "nccl" in event["name"].lower()
-        if sends or re.search("flash_attn_sm120|dual_?group", event["name"], re.IGNORECASE):
-            spans[sends].append((event["ts"], event["ts"] + event["dur"]))
-    attention: list[tuple[float, float]] = []  # what overlaps is counted once
-    for start, end in sorted(spans[False]):
-        if attention and start <= attention[-1][1]:
-            start, end = attention[-1][0], max(attention.pop()[1], end)
-        attention.append((start, end))
-    both = sum(max(0.0, min(end, b) - max(start, a)) for start, end in spans[True] for a, b in attention)
-    sending = sum(end - start for start, end in spans[True])
-    every = [time for pair in spans.values() for span in pair for time in span] or [0.0]
+        span = (event["ts"], event["ts"] + event["dur"])
+        if "nccl" in event["name"].lower():
+            spans["nccl"].append(span)
+            continue
+        spans["others"].append(span)
+        if re.search("flash_attn_sm120|dual_?group", event["name"], re.IGNORECASE):
+            spans["attention"].append(span)
+    sending = sum(end - start for start, end in spans["nccl"])
+    every = [time for span in spans["nccl"] + spans["attention"] for time in span] or [0.0]
+    attention, others = joined(spans["attention"]), joined(spans["others"])
     return {
         "nccl_ms": sending / 1e3,
-        "share_under_attention": both / sending if sending else 0.0,
+        "share_under_attention": both(spans["nccl"], attention) / sending if sending else 0.0,
+        "share_under_others": both(spans["nccl"], others) / sending if sending else 0.0,
         "attention_ms": sum(b - a for a, b in attention) / 1e3,
         "first_to_last_ms": (max(every) - min(every)) / 1e3,
-        "nccl_kernels": len(spans[True]),
+        "nccl_kernels": len(spans["nccl"]),
     }
+
+
+def joined(spans: list[tuple[float, float]]) -> list[tuple[float, float]]:
+    """What overlaps is one span."""
+    found: list[tuple[float, float]] = []
+    for start, end in sorted(spans):
+        if found and start <= found[-1][1]:
+            start, end = found[-1][0], max(found.pop()[1], end)
+        found.append((start, end))
+    return found
+
+
+def both(spans: list[tuple[float, float]], others: list[tuple[float, float]]) -> float:
+    """Of the first spans, the time in which one of the others runs."""
+    return sum(max(0.0, min(end, b) - max(start, a)) for start, end in spans for a, b in others)
 
 
 def message_us(rank: int, world: int) -> dict[str, float]:
@@ -254,10 +269,12 @@ def table(found: dict) -> str:
     lines += ["| GPUs | tokens a GPU | zigzag: MiB beside q, k, v | ring: MiB |", "| --- " * 4 + "|"]
     for row in found["memory"]:
         lines.append(f"| {row['world']} | {row['tokens_a_gpu']} | {row['zigzag']:.0f} | {row['ring']:.0f} |")
-    lines += ["", "| way | NCCL kernels, ms | under attention kernels | attention, ms | all, ms |", "| --- " * 5 + "|"]
+    head = "| way | NCCL kernels, ms | under attention kernels | under any others | attention, ms | all, ms |"
+    lines += ["", head, "| --- " * 6 + "|"]
     for way, row in found["overlap"].items():
         times = f"{row['attention_ms']:.2f} | {row['first_to_last_ms']:.2f}"
-        lines.append(f"| {way} | {row['nccl_ms']:.2f} | {row['share_under_attention']:.0%} | {times} |")
+        shares = f"{row['share_under_attention']:.0%} | {row['share_under_others']:.0%}"
+        lines.append(f"| {way} | {row['nccl_ms']:.2f} | {shares} | {times} |")
     lines += ["", "| against one GPU | out differs by | lse |", "| --- " * 3 + "|"]
     lines += [f"| {name} | {row['out']:.1e} | {row['lse']:.1e} |" for name, row in found["equal"].items()]
     us = found["message_us"]

@@ -152,9 +152,10 @@ def test_the_benchmark_counts_what_runs_under_attention():
     under = runpy.run_path(str(HERE.parent / "benchmarks" / "distributed.py"))["under"]
     ours = "kernel_cutlass_kernel_flash_attn_sm120kernelsdual_group"
     spans = [("ncclDevKernel_SendRecv", 0, 10), (ours, 5, 4), (ours, 6, 2), ("ncclAllGather", 20, 10), (ours, 15, 30)]
-    spans += [("elementwise", 0, 100)]
+    spans += [("elementwise", 2, 4), ("elementwise", 60, 100)]
     found = under([{"name": name, "ts": start, "dur": length} for name, start, length in spans])
     assert found["share_under_attention"] == 14 / 20 and found["nccl_kernels"] == 2
+    assert found["share_under_others"] == 17 / 20
     assert found["attention_ms"] == 0.034 and found["first_to_last_ms"] == 0.045
 
 
