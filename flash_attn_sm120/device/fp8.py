@@ -17,7 +17,7 @@ from flash_attn_sm120.device.ptx import (
     absolute,
     byte_permute,
     fp8_to_f16,
-    load_global_b32,
+    load_global_v4_if,
     load_shared_v2,
     load_shared_v4,
     mma_m16n8k16,
@@ -90,8 +90,9 @@ class Keys8(HeldQ):
         for chunk in range(layout.chunks):
             for unit in range(units):
                 own = chunk * layout.row_bytes + (self.quad * units + unit) * 16
-                for word in range(4):
-                    words.append([self._pairs(row, own + 4 * word, problem.head_dim) for row in rows])
+                for first in (0, 8):
+                    loaded = [self._eight(row, own + first, problem.head_dim) for row in rows]
+                    words += [[pairs[two : two + 2] for pairs in loaded] for two in (0, 2)]
         return words
 
     def prepare_q(self, words: list) -> list:
@@ -105,14 +106,10 @@ class Keys8(HeldQ):
         ]
         return self.keep(tSrQ)
 
-    def _pairs(self, row: Int64, col: Int32, head_dim: int) -> list[Int32]:
-        """Columns col to col + 3 of a row of Q; head_dim is a multiple of 16."""
+    def _eight(self, row: Int64, col: Int32, head_dim: int) -> list[Int32]:
+        """Columns col to col + 7 of a row of Q, in pairs; head_dim is a multiple of 16."""
         padded = self.config.layout_k.cols * 2 > head_dim
-        place = cutlass.min(col, head_dim - 4) if padded else col
-        pairs = [load_global_b32(row + Int64(place * 2), 4 * right) for right in range(2)]
-        if padded:
-            pairs = [Int32(cutlass.select_(col < head_dim, pair, Int32(0))) for pair in pairs]
-        return pairs
+        return load_global_v4_if(row + Int64(col * 2), Int32(col < head_dim) if padded else Int32(1))
 
     def _to_f16(self, words: list, r: int) -> Float32:
         """Pairs of bf16 of row r become pairs of f16; returns what scores of the row have to be multiplied by."""
