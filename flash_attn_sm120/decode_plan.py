@@ -85,7 +85,8 @@ def decode_memory(problem: AttentionProblem, tile_m: int, tile_n: int, num_warps
     else:
         columns_k, columns_v = padded(problem.head_dim), padded(problem.head_dim_v)
         columns_out = columns_v
-    staged_row_bytes = (columns_out + 8) * 4  # eight rows fall in different banks
+    # rows fall in different banks: eight of 16-bit keys, whose lanes store two columns each, two of 8-bit ones
+    staged_row_bytes = (columns_out + (16 if problem.kv_dtype else 8)) * 4
     tile_bytes = ELEMENT_BYTES * tile_n * max(columns_k, columns_v)
     q_offset = max(stages * tile_bytes, tile_m * staged_row_bytes)
     q_steps = 0

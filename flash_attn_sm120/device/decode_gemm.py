@@ -72,6 +72,8 @@ class HeldQ:
 class Keys16(HeldQ):
     """K and V of 16 bits, the dtype of q."""
 
+    columns_together = 2  # of a lane's columns of O
+
     def __init__(self, config, lane: Int32, shared: Int32):
         super().__init__(config, lane, shared)
         self.config, self.lane, self.dtype = config, lane, config.dtype
@@ -118,3 +120,8 @@ class Keys16(HeldQ):
     def column(self, n: int, i: int) -> tuple[Int32, int]:
         """Column of out that value i of column block n of tOrO is: (of the lane, in addition)."""
         return self.quad * 2, 8 * n + i % 2
+
+    @staticmethod
+    def staged(col: Int32) -> Int32:
+        """Byte of a row of O where column `col` is staged, on its way to the other warps."""
+        return col * 4

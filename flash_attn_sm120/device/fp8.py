@@ -71,6 +71,8 @@ def rows_to_f16(layout: TileLayout, shared: Int32, rows: int, lane: Int32) -> li
 class Keys8(HeldQ):
     """K and V of 8 bits. layouts: of 16-bit elements, two columns each; chunks of 128 or 64 bytes."""
 
+    columns_together = 4
+
     def __init__(self, config, lane: Int32, shared: Int32):
         super().__init__(config, lane, shared)
         self.config, self.lane, self.kind = config, lane, KINDS[config.problem.kv_dtype]
@@ -182,3 +184,9 @@ class Keys8(HeldQ):
         own = self.config.layout_v.row_bytes // 8  # columns of a chunk that a lane reads
         chunk, j = divmod(n, own)
         return self.quad * (2 * own), chunk * self.config.layout_v.row_bytes + own * (i % 2) + j
+
+    @staticmethod
+    def staged(col: Int32) -> Int32:
+        """Byte of a row of O where four columns from `col` on are staged; a quad's lanes in different banks."""
+        unit = col >> 2
+        return (unit ^ (unit >> 3 & 3)) * 16

@@ -94,17 +94,16 @@ class Merge:
         return factor
 
     def stage_row(self, shared: Int32, r: int, factor: Float32) -> None:
-        tOrO = self.loop.tOrO
+        tOrO, operands = self.loop.tOrO, self.loop.operands
+        values = {}
         for n in range(tOrO.shape[1]):
-            values = [tOrO[r // 2, n, 2 * (r % 2) + i] * factor for i in range(2)]
-            lane_col, col = self.loop.operands.column(n, 0)
-            _, right = self.loop.operands.column(n, 1)
-            place = shared + lane_col * 4
-            if right == col + 1:
-                store_shared_f32(place + col * 4, values)
-            else:
-                store_shared_f32(place + col * 4, values[:1])
-                store_shared_f32(place + right * 4, values[1:])
+            for i in range(2):
+                lane_col, col = operands.column(n, i)
+                values[col] = tOrO[r // 2, n, 2 * (r % 2) + i] * factor
+        count = operands.columns_together
+        for col in values:
+            if col % count == 0:
+                store_shared_f32(shared + operands.staged(lane_col + col), [values[col + i] for i in range(count)])
 
     def factor(self, r: int) -> tuple[Float32, Float32]:
         """(what the warp's O of row r is multiplied by, LSE of the row over all warps)."""
@@ -183,11 +182,12 @@ class Merge:
         return cutlass.min(self.rows.rows_left, Int32(self.config.plan.tile_m))
 
     def added(self, row: Int32, col: Int32, cols: int) -> list[Float32]:
-        place = self.shared + row * self.row_bytes + col * 4
+        shared = self.shared + row * self.row_bytes
+        places = [shared + self.loop.operands.staged(col + first) for first in range(0, cols, 4)]
         values = [Float32(0.0)] * cols
         for warp in range(self.config.plan.num_warps):
-            for first in range(0, cols, 4):
-                share = load_shared_f32(place + (warp * self.config.memory.ring_bytes + first * 4), 4)
+            for first, place in zip(range(0, cols, 4), places, strict=True):
+                share = load_shared_f32(place + warp * self.config.memory.ring_bytes, 4)
                 values[first : first + 4] = [a + b for a, b in zip(values[first : first + 4], share, strict=True)]
         return values
 
