@@ -1,9 +1,10 @@
 """What dropout, mods and lists of blocks cost: time over that of the same call without, in the same run.
 
-    python benchmarks/changes.py [--occupancy sm120|device] [--every-plan] [--json FILE]
+    python benchmarks/changes.py [--occupancy sm120|device] [--every-plan] [--only TEXT] [--json FILE]
 
 head_dim 128, bf16. Dense calls are b4 s4096; lists are of full blocks at b1 s16384, as many for each row of blocks, at
-random, and their time is divided by density * dense time too. --every-plan measures each tile of the table.
+random, and their time is divided by density * dense time too. Both are timed in turn, as a GPU slows down as it gets
+warm. --every-plan measures each tile of the table, --only the cases whose name has TEXT in it.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import math
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from statistics import median
 
 import torch
 
@@ -105,12 +107,13 @@ def measure(cell: Cell, name: str, options: dict, work: float, arguments: argpar
     (problem, changes), plans = plans_of(cell, options, arguments.every_plan)
     calls = [call_of(cell, problem, changes, plan, arguments.occupancy) for plan in plans[:2]]
     difference = [check(cell, options, call, sets[0]) for call in calls]
-    before = median_ms(dense, sets, repeats=arguments.repeats)
+    times: list[list[float]] = [[] for _ in (dense, *calls)]
+    for _ in range(arguments.turns):
+        for found, call in zip(times, (dense, *calls), strict=True):
+            found.append(median_ms(call, sets, repeats=arguments.repeats, warm_up=2))
+    base, *every = map(median, times)
     rows = []
-    for plan, call, far in zip(plans, calls, difference, strict=False):
-        ms = median_ms(call, sets, repeats=arguments.repeats)
-        base = median_ms(dense, sets, repeats=arguments.repeats)  # in turn: a GPU slows down as it gets warm
-        base, before = (base + before) / 2, base
+    for plan, ms, far in zip(plans, every, difference, strict=False):
         tile = f"{plan.tile_m}x{plan.tile_n}"
         row = {"cell": cell.name, "case": name, "tile": tile, "difference": far, "dense_ms": base, "ms": ms}
         rows.append(row | {"ratio": ms / base / work, "tflops": cell.flop * work / ms / 1e9})
@@ -121,7 +124,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--occupancy", choices=("sm120", "device"), default="sm120")
     parser.add_argument("--every-plan", action="store_true")
-    parser.add_argument("--repeats", type=int, default=20)
+    parser.add_argument("--only", default="")
+    parser.add_argument("--turns", type=int, default=7)
+    parser.add_argument("--repeats", type=int, default=5, help="of each turn")
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
     print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, occupancy {arguments.occupancy}\n")
@@ -132,7 +137,7 @@ def main() -> None:
             options = {"block_sparse_tensors": random_blocks(SPARSE, block_size, density)}
             jobs.append((SPARSE, f"blocks {block_size[0]}x{block_size[1]}, 1/{1 / density:.0f}", options, density))
     rows = []
-    for job in jobs:
+    for job in (job for job in jobs if arguments.only in job[1]):
         for row in measure(*job, arguments):
             rows.append(row)
             numbers = f"{row['dense_ms']:.3f} | {row['ms']:.3f} | {row['ratio']:.3f} | {row['tflops']:.0f}"
