@@ -14,11 +14,12 @@ from test_hypothesis import EXAMPLES
 from flash_attn_sm120 import flash_attn_combine, flash_attn_func, reference
 from flash_attn_sm120.matrix import LSE_SLACK, SLACK, largest_difference
 
+RANKED = max(EXAMPLES // 2, 1)  # as each is two to four calls
 BF16, E4M3, E5M2 = torch.bfloat16, torch.float8_e4m3fn, torch.float8_e5m2
 
 
-def each(strategy, body):
-    @settings(max_examples=EXAMPLES, deadline=None, suppress_health_check=list(HealthCheck), print_blob=True)
+def each(strategy, body, count=EXAMPLES):
+    @settings(max_examples=count, deadline=None, suppress_health_check=list(HealthCheck), print_blob=True)
     @given(strategy)
     def examples(case):
         note(str(case))
@@ -59,12 +60,12 @@ def test_splits_change_nothing(device):
 
 def test_ranks_of_a_prefill(device):
     pairs = st.tuples(prefill(device), st.integers(2, 4))
-    each(pairs, lambda pair: serving_cases.run_ranks(*pair, device.torch_device))
+    each(pairs, lambda pair: serving_cases.run_ranks(*pair, device.torch_device), RANKED)
 
 
 def test_ranks_of_a_decode(device):
     pairs = st.tuples(decode(device), st.integers(2, 4))
-    each(pairs, lambda pair: serving_cases.run_ranks(*pair, device.torch_device))
+    each(pairs, lambda pair: serving_cases.run_ranks(*pair, device.torch_device), RANKED)
 
 
 @pytest.mark.parametrize("page_size", sorted(set(serving_cases.PAGE_SIZES)))
