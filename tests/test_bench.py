@@ -182,13 +182,15 @@ def test_a_peer_is_its_fastest_way_and_never_a_wrong_one(monkeypatch):
     ways = {"slow": lambda *_: out, "fast": lambda *_: out + 0.01, "wrong": lambda *_: out + 1.0, "lacking": lacking}
     times = {ways["slow"]: 3.0, ways["fast"]: 2.0, ways["wrong"]: 1.0}
     monkeypatch.setattr(decode, "graph_ms", lambda call, sets: times[call])
+    monkeypatch.setattr(decode, "row_ms", lambda call, sets: times[call] / 2)
 
     def measured(*names):
         calls = [ways[name] for name in names]
         monkeypatch.setattr(paged_peers, "decode_calls", lambda *_: (calls, [(0,)]))
         return decode._peer("flashinfer", decode.Cell(1, 64), lambda *own: own[3].copy_(out), [arguments])
 
-    assert measured("slow", "lacking", "fast")["graph_us"] == 2000.0
+    found = measured("slow", "lacking", "fast")
+    assert (found["graph_us"], found["row_us"]) == (2000.0, 1000.0)
     with pytest.raises(peers.Differs, match=r"^1$"):
         measured("slow", "wrong")
     with pytest.raises(RuntimeError, match="no such kernel"):
