@@ -12,7 +12,6 @@ from flash_attn_sm120.device.block_range import BlockRange
 from flash_attn_sm120.device.mainloop import ForwardTile
 from flash_attn_sm120.device.ptx import (
     lane_anew,
-    load_global_b32,
     load_global_b32_if,
     load_shared_b32,
     load_shared_v4,
@@ -23,32 +22,54 @@ from flash_attn_sm120.device.seqlen import clamp, divide
 from flash_attn_sm120.device.tile import SharedMatrix
 from flash_attn_sm120.dispatch import SECOND_NOTE_BYTES
 
+FIRST = 3  # tiles whose numbers are read at the start
 EDGE = 1 << 30  # beside a tile's number: it is at an edge of what may be seen
 
 
 class SparseTile(ForwardTile):
-    """A ForwardTile whose blocks are listed."""
+    """A ForwardTile whose blocks are listed. Its arguments are ForwardTile's."""
+
+    def __init__(self, *arguments):
+        super().__init__(*arguments)
+        self.first = cute.make_rmem_tensor((FIRST,), Int32)  # of a loading warp: numbers of the first tiles
 
     @property
     def tiles_a_block(self) -> int:
         return self.config.problem.sparse_block[1] // self.config.plan.tile_n
 
+    @property
+    def masks(self) -> bool:
+        """Whether there is a mask list."""
+        return self.config.problem.mask_mod is not None
+
     def listed(self) -> tuple[Int32, Int32, Int64, Int64]:
         """(tiles of the mask list, of the full list, address of the first's blocks, of the second's)."""
-        lists, tile = self.modifiers.blocks, self.tile
-        row = divide(tile.m_block, self.config.problem.sparse_block[0] // self.config.plan.tile_m)
-        counts, addresses = [], []
-        for cnt, idx in ((lists.mask_cnt, lists.mask_idx), (lists.full_cnt, lists.full_idx)):
-            place = (tile.batch, tile.head, cutlass.min(row, cnt.shape[2] - 1))
-            steps = zip(place, cnt.stride, strict=True)
-            offset = sum((Int64(at) * Int64(stride) for at, stride in steps), Int64(0))
-            exists = (row < cnt.shape[2]) & (self.seq_q.length > 0) & (self.seq_k.length > 0)
-            count = load_global_b32_if(cnt.iterator.toint() + offset * 4, Int32(exists))
-            counts.append(clamp(count, Int32(0), idx.shape[3]) * self.tiles_a_block)
-            steps = zip(place, idx.stride[:3], strict=True)
-            offset = sum((Int64(at) * Int64(stride) for at, stride in steps), Int64(0))
-            addresses.append(idx.iterator.toint() + offset * 4)
-        return (*counts, *addresses)
+        lists = self.modifiers.blocks
+        mask_tiles, mask_at = Int32(0), Int64(0)
+        if self.masks:
+            mask_tiles, mask_at = self._listed(lists.mask_cnt, lists.mask_idx)
+        full_tiles, full_at = self._listed(lists.full_cnt, lists.full_idx)
+        return mask_tiles, full_tiles, mask_at, full_at
+
+    def _listed(self, cnt: cute.Tensor, idx: cute.Tensor) -> tuple[Int32, Int64]:
+        """(tiles, address of the blocks) of one list."""
+        tile, exists = self.tile, self.has_row(cnt)
+        row = cutlass.min(self.sparse_row(), cnt.shape[2] - 1)
+        place = (tile.batch, tile.head, row)
+        steps = zip(place, cnt.stride, strict=True)
+        offset = sum((Int64(at) * Int64(stride) for at, stride in steps), Int64(0))
+        count = load_global_b32_if(cnt.iterator.toint() + offset * 4, Int32(exists))
+        steps = zip(place, idx.stride[:3], strict=True)
+        offset = sum((Int64(at) * Int64(stride) for at, stride in steps), Int64(0))
+        return clamp(count, Int32(0), idx.shape[3]) * self.tiles_a_block, idx.iterator.toint() + offset * 4
+
+    def sparse_row(self) -> Int32:
+        """Of the lists."""
+        return divide(self.tile.m_block, self.config.problem.sparse_block[0] // self.config.plan.tile_m)
+
+    def has_row(self, cnt: cute.Tensor) -> cutlass.Boolean:
+        """Whether lists say anything of the tile's rows."""
+        return (self.sparse_row() < cnt.shape[2]) & (self.seq_q.length > 0) & (self.seq_k.length > 0)
 
     def number(self, i: Int32) -> Int32:
         """Of K's and V's tiles, the i-th that is listed. Whatever the lists hold, it is neither negative nor far beyond
@@ -63,6 +84,23 @@ class SparseTile(ForwardTile):
         address = Int64(cutlass.Uint32(low)) | Int64(high) << 32
         block = load_global_b32_if(address + Int64(within) * 4, Int32(i < mask_tiles + full_tiles))
         return self.first_tile(block, seqlen_k) + (j - within * self.tiles_a_block)
+
+    def first_numbers(self, mask_tiles: Int32, full_tiles: Int32, mask_at: Int64, full_at: Int64) -> list[Int32]:
+        """The first three, as number gives them, before there is a note. Without a mask list their loads don't wait for
+        the counts."""
+        found, full_cnt, width = [], self.modifiers.blocks.full_cnt, self.modifiers.blocks.full_idx.shape[3]
+        for i in range(FIRST):
+            if self.masks:
+                masked = i < mask_tiles
+                j = i - cutlass.select_(masked, Int32(0), mask_tiles)
+                address, exists = cutlass.select_(masked, mask_at, full_at), i < mask_tiles + full_tiles
+            else:
+                j, address = Int32(i), full_at
+                exists = self.has_row(full_cnt) & (i // self.tiles_a_block < width)
+            within = divide(j, self.tiles_a_block)
+            block = load_global_b32_if(address + Int64(within) * 4, Int32(exists))
+            found.append(self.first_tile(block, self.seq_k.length) + (j - within * self.tiles_a_block))
+        return found
 
     def first_tile(self, block: Int32, seqlen_k: Int32) -> Int32:
         """Of a listed block, which is at most the one behind the sequence's end."""
@@ -81,21 +119,21 @@ class SparseTile(ForwardTile):
     def load_first(self, blocks: BlockRange):
         """Before there is a note to read."""
         mask_tiles, full_tiles, mask_at, full_at = self.listed()
+        for i, bs_n in enumerate(self.first_numbers(mask_tiles, full_tiles, mask_at, full_at)):
+            self.first[i] = bs_n
         if mask_tiles + full_tiles > 0:
-            bs_address = cutlass.select_(mask_tiles > 0, mask_at, full_at)
-            bs_n = self.first_tile(load_global_b32(bs_address), self.seq_k.length)
-            self.loader.start_list(bs_n)
-            self.loader.load_listed(bs_n, bs_n, self.stage(0), lambda: None)
+            self.loader.start_list(self.first[0])
+            self.loader.load_listed(self.first[0], self.first[0], self.stage(0), lambda: None)
 
     @cute.jit
     def feed(self, blocks: BlockRange):
         """A loading warp. The next tile's number is on its way while it waits for room."""
-        mask_tiles, full_tiles = self.counts()
-        bs_n, bs_next = self.number(Int32(1)), self.number(Int32(2))
-        self.loader.start_list(bs_n)
-        self.tell(Int32(0), self.number(Int32(0)))
-        self.tell(Int32(1), bs_n)
+        self.tell(Int32(0), self.first[0])
+        self.tell(Int32(1), self.first[1])
         self.told(Int32(0))
+        mask_tiles, full_tiles = self.counts()
+        bs_n, bs_next = self.first[1], self.first[2]
+        self.loader.start_list(bs_n)
         for i in cutlass.range(1, mask_tiles + full_tiles, unroll=1):
             bs_after = self.number(i + 2)
             self.loader.load_listed(bs_n, bs_next, self.stage(i), lambda i=i, n=bs_next: self.tell_next(i, n))
