@@ -97,6 +97,7 @@ class ForwardTile:
         self.tOrO.fill(0.0)
         kept = self.q_columns_kept
         self.tSrQ = cute.make_rmem_tensor((m_frags, kept // 16, 4), Int32) if kept else None
+        self.sQ: SharedMatrix | None = None  # of the block that is worked on
 
     def softmax_scales(self) -> list[Float32]:
         """What softmax multiplies scores by: 1 where they have got their scale before."""
@@ -232,6 +233,7 @@ class ForwardTile:
         i, count = Int32(0), read_block_count(self.note)
         while i < self.count_anew(count):
             blocks, stage = read_blocks(self.note), self.stage(i)
+            self.find_q()
             stage.wait_for_k()
             self.visit(blocks, blocks.end - 1 - i, i)
             i = i + 1
@@ -365,7 +367,11 @@ class ForwardTile:
         """bias: of the thread's part of the block, as Mod.bias returns it."""
         config = self.config
         sK = config.layout_k.matrix(shared, self.lane, config.offset_k, rows_first=False)
-        qk_product(self.tSrQ, self.matrix_q(), sK, self.tSrS, config.mma_dtype, bias)
+        qk_product(self.tSrQ, self.sQ, sK, self.tSrS, config.mma_dtype, bias)
+
+    def find_q(self) -> None:
+        """Before the wait for K, as finding it anew takes a while."""
+        self.sQ = self.matrix_q()
 
     def q_rows_anew(self) -> Int32:
         """q_rows, where no register is to hold it."""

@@ -134,6 +134,7 @@ class PersistentTile(ForwardTile):
         while self.has_work():
             blocks, stage = read_blocks(self.note), self.stage(i)
             if i < blocks.end - blocks.begin:
+                self.find_q()
                 stage.wait_for_k()
                 self.visit(blocks, blocks.end - 1 - i, i)
                 i = i + 1

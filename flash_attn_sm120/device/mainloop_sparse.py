@@ -171,6 +171,7 @@ class SparseTile(ForwardTile):
         self.at_edge, bs_i = None, Int32(0)
         if cutlass.const_expr(self.config.problem.mask_mod is not None):
             while bs_i < self.counts()[0]:
+                self.find_q()
                 self.stage(bs_i).wait_for_k()
                 self.block(None, bs_i, True, True)
                 bs_i = bs_i + 1
@@ -178,6 +179,7 @@ class SparseTile(ForwardTile):
         blocks, bs_n = read_blocks(self.note), self.number(bs_i)
         self.at_edge[0] = Int32((bs_n >= blocks.right_edge) | (bs_n < blocks.left_edge))
         while bs_i < self.counts()[0] + self.counts()[1]:
+            self.find_q()
             self.stage(bs_i).wait_for_k()
             self.visit_listed(bs_i)
             bs_i = bs_i + 1
