@@ -97,7 +97,7 @@ class ForwardTile:
         self.tOrO.fill(0.0)
         kept = self.q_columns_kept
         self.tSrQ = cute.make_rmem_tensor((m_frags, kept // 16, 4), Int32) if kept else None
-        self.sQ: SharedMatrix | None = None  # of the block that is worked on
+        self.sQ: SharedMatrix | None = None  # of the block that is worked on, where find_q is called
 
     def softmax_scales(self) -> list[Float32]:
         """What softmax multiplies scores by: 1 where they have got their scale before."""
@@ -233,7 +233,6 @@ class ForwardTile:
         i, count = Int32(0), read_block_count(self.note)
         while i < self.count_anew(count):
             blocks, stage = read_blocks(self.note), self.stage(i)
-            self.find_q()
             stage.wait_for_k()
             self.visit(blocks, blocks.end - 1 - i, i)
             i = i + 1
@@ -284,6 +283,11 @@ class ForwardTile:
     def is_roomy(self) -> bool:
         """Whether O, S and Q leave registers for more."""
         return not self.fills_registers and self.config.plan.note_bytes == TILE_NOTE_BYTES
+
+    @property
+    def holds_q_place(self) -> bool:
+        """Whether a register does."""
+        return True
 
     @property
     def q_columns_kept(self) -> int:
@@ -367,11 +371,11 @@ class ForwardTile:
         """bias: of the thread's part of the block, as Mod.bias returns it."""
         config = self.config
         sK = config.layout_k.matrix(shared, self.lane, config.offset_k, rows_first=False)
-        qk_product(self.tSrQ, self.sQ, sK, self.tSrS, config.mma_dtype, bias)
+        qk_product(self.tSrQ, self.sQ or self.matrix_q(), sK, self.tSrS, config.mma_dtype, bias)
 
     def find_q(self) -> None:
-        """Before the wait for K, as finding it anew takes a while."""
-        self.sQ = self.matrix_q()
+        """Before the wait for K, where it has to be found anew, which takes a while."""
+        self.sQ = None if self.holds_q_place else self.matrix_q()
 
     def q_rows_anew(self) -> Int32:
         """q_rows, where no register is to hold it."""

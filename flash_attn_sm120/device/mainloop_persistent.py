@@ -150,9 +150,12 @@ class PersistentTile(ForwardTile):
         return self.read_turn() != STOP
 
     def matrix_q(self) -> SharedMatrix:
-        """Where no register is left to hold them, its rows are found anew."""
-        rows = self.q_rows if self.is_roomy else self.q_rows_anew()
+        rows = self.q_rows if self.holds_q_place else self.q_rows_anew()
         return self.config.layout_q.matrix(rows, self.lane)
+
+    @property
+    def holds_q_place(self) -> bool:
+        return self.is_roomy
 
     def all_reads(self, results: cute.Tensor) -> list[Float32]:
         """Those of Q too, whose room is free when K's is: of each row of blocks one."""

@@ -205,10 +205,13 @@ class SparseTile(ForwardTile):
             self.at_edge[0] = load_shared_b32(self.told_at(i + 1)) & EDGE
 
     def matrix_q(self) -> SharedMatrix:
-        """Where no register is left to hold it, the place of the thread's rows is found anew."""
-        if not self.fills_registers:
+        if self.holds_q_place:
             return super().matrix_q()
         return self.config.layout_q.matrix(self.q_rows_anew(), lane_anew())
+
+    @property
+    def holds_q_place(self) -> bool:
+        return not self.fills_registers
 
     @property
     def elects(self) -> bool:

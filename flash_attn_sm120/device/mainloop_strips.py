@@ -165,7 +165,6 @@ class StripTile(ForwardTile):
         i = Int32(0)
         while i < self.way().count:
             n, blocks, stage = self.way().number(i), read_blocks(self.note), self.stage(i)
-            self.find_q()
             stage.wait_for_k()
             if (n >= blocks.right_edge) | (n < blocks.left_edge):
                 if (n < blocks.end) & (n >= blocks.begin) & self.sees(n):
