@@ -162,6 +162,28 @@ def test_neighbours_of_huge_rows_keep_their_bits(seqlen_q, device):
     assert_right(q, k, v, causal=True)
 
 
+def test_rows_of_any_size_beside_each_other(device):
+    """Over 8-bit pages; what isn't finite stays in its row."""
+    on = device.torch_device
+    exponents = torch.randint(-60, 21, (2, 70, 2, 1), device=on)
+    q = (rand(on, 2, 70, 2, 128, dtype=torch.float32) * exponents.float().exp2()).to(BF16)
+    q[0, 3], q[0, 4] = 0, 1e-38
+    pool = [rand(on, 12, 16, 1, 128).to(E4M3) for _ in range(2)]
+    table = torch.randperm(12).view(2, 6).int().to(on)
+    options = {"page_table": table, "seqused_k": ints(on, 90, 51)}
+    out, _ = assert_right(q, *pool, **options)
+    q[0, 20] *= 2.0**80  # scores that float32 doesn't tell apart
+    strange = ((0, 11, 0, math.inf), (0, 13, 1, math.nan), (1, 33, 0, -math.inf))
+    for batch, row, head, value in strange:
+        q[batch, row, head, 9] = value
+    other = flash_attn_func(q, *pool, **options)
+    for batch, row, head, _ in strange:
+        assert other[batch, row, head].isnan().all()
+        other[batch, row, head] = out[batch, row, head]
+    other[0, 20] = out[0, 20]
+    assert torch.equal(out, other)
+
+
 @pytest.mark.parametrize("num_splits", [1, 2, 31, 128])
 @pytest.mark.parametrize("packed", [False, True])
 def test_combine(packed, num_splits, device):

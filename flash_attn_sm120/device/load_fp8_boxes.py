@@ -4,6 +4,9 @@ converts them where they lie.
 A row has as many bytes as a chunk of the 16-bit tile has room for. A warp's rows come into the last chunk of their own
 places in the tile; what becomes of their first half goes into the first chunk, and that of the other half over the
 bytes, once all of them are in registers.
+
+What a loading warp issues takes the matrix warps' turns, so there is little of it: a look-up serves many tiles, and
+what differs from pass to pass stands in the instructions.
 """
 
 from __future__ import annotations
@@ -14,25 +17,26 @@ from cutlass import Int32, Int64, cute
 from flash_attn_sm120.device.fp8 import KINDS
 from flash_attn_sm120.device.load_pages import PagedBoxes, PageLoader
 from flash_attn_sm120.device.ptx import (
-    again,
     fp8_to_pairs,
     lane_anew,
+    lane_apart,
     load_global_b32_if,
     load_shared_v4,
     store_shared_v4,
     thread_anew,
 )
 from flash_attn_sm120.device.scheduler import read_block_count, read_blocks
-from flash_attn_sm120.device.seqlen import divide
+from flash_attn_sm120.device.seqlen import clamp, divide
 from flash_attn_sm120.device.stage import Stage
 
 UNIT_BYTES = 16
 ROWS_A_PASS = 8  # of a warp: four lanes a row, a unit of a half each
-HALVES = 2  # of a row of bytes; each becomes a chunk
+LANES = 32
 
 
 class Fp8BoxLoader(PageLoader):
-    """Q as CpAsyncLoader, all blocks through TMA: those rows that aren't there become zeros on the way."""
+    """Q as CpAsyncLoader, all blocks through TMA: those rows of V that aren't there become zeros on the way, K's are
+    masked."""
 
     converts, starts_early = True, False
 
@@ -42,40 +46,69 @@ class Fp8BoxLoader(PageLoader):
         self.kind = KINDS[config.problem.kv_dtype]
         self.table = inputs[-1].page_table
         self.note = self.shared + config.plan.note_offset
+        self.tiles = LANES // self.count  # that a look-up serves
+        self.box_bits = (self.keys.page_size // k.rows - 1).bit_length()
 
     @cute.jit
     def feed(self, stage: Stage):
-        """All tiles, K and V of a block in turn, with the same code but for what bytes become. What notes hold is read
-        anew for each, as few registers are left beside the conversion."""
-        self._look_up(read_blocks(self.note).end - 1)
-        turn = Int32(0)
-        while turn < 2 * read_block_count(self.note):
-            n, is_v = read_blocks(self.note).end - 1 - (turn >> 1), turn & 1
-            cute.arch.mbarrier_wait(stage.bars["k_free"] + 2 * is_v, (turn >> 1 & 1) ^ 1)
-            self._bring(n, is_v, stage.shared + self.config.offset_k + is_v * self.config.layout_k.bytes)
-            self._convert(stage, turn)
-            cute.arch.sync_warp()
-            self._arrive(stage.bars["k_full"] + 2 * (again(turn) & 1))
-            cute.arch.fence_proxy("async.shared", space="cta")  # before the copies that come next
-            turn = turn + 1
+        """All tiles, K and V of a block in turn. What notes hold is read anew for each block, as few registers are left
+        beside the conversion."""
+        i = Int32(0)
+        while i < read_block_count(self.note):
+            if i % self.tiles == 0:
+                self._look_up(read_blocks(self.note).end - 1 - i)
+            self._bring(stage, i, False)
+            self._bring(stage, i, True)
+            self._turn()
+            i = i + 1
+
+    def _turn(self) -> None:
+        """The next tile's boxes come to the first lanes, so that a tile's place among those looked up isn't needed."""
+        self.page[0] = cute.arch.shuffle_sync_down(self.page[0], offset=self.count)
 
     def _look_up(self, n: Int32) -> None:
         self.page[0] = self._numbers(n)
 
+    def _numbers(self, n: Int32) -> Int32:
+        """Lane j has the warp's box j % count of tile n - j // count: its page's number, and behind that the box's in
+        the page, which a division for each tile would take registers for."""
+        _, _, batch, length = load_shared_v4(self.note)
+        keys, lane, rows = self.keys, lane_anew(), self.boxes_k.rows
+        key = (n - lane // self.count) * keys.tile_n + self._first_row() + lane % self.count * rows
+        key = cutlass.max(key, Int32(0))
+        own, last = divide(key, keys.page_size), divide(cutlass.max(length, Int32(1)) - 1, keys.page_size)
+        row = self.table.iterator.toint() + Int64(batch) * Int64(self.table.stride[0]) * 4
+        page = load_global_b32_if(row + Int64(cutlass.min(own, last)) * 4, Int32(length > 0))
+        page = clamp(page, Int32(0), keys.num_pages - 1)
+        return page << self.box_bits | (key - own * keys.page_size) // rows
+
     @cute.jit
-    def _bring(self, n: Int32, is_v: Int32, shared: Int32):
-        """The bytes of the warp's rows of tile n of K or V, which begins at `shared`. The warp's mbarrier counts one
-        after the other. Page numbers of the tile after are looked up while V's bytes come."""
+    def _bring(self, stage: Stage, i: Int32, is_v: cutlass.Constexpr):
+        """The warp's rows of K or V of the i-th block. The warp's mbarrier counts one after the other."""
         layout, barrier = self.config.layout_k, self._own_barrier()
+        offset = self.config.offset_v if is_v else self.config.offset_k
+        full, free = (stage.bars[("v_" if is_v else "k_") + name] for name in ("full", "free"))
+        cute.arch.mbarrier_wait(free, i & 1 ^ 1)
         if lane_anew() == 0:
             cute.arch.mbarrier_arrive_and_expect_tx(barrier, self.own_rows * layout.row_bytes)
         cute.arch.sync_warp()
-        if is_v == 0:
-            self._start(self.boxes_k, self._places(n), shared + layout.chunk_bytes, barrier)
-        else:
-            self._start(self.boxes_v, self._places(n), shared + layout.chunk_bytes, barrier)
-            self._look_up(n - 1)
-        cute.arch.mbarrier_wait(barrier, is_v)
+        self._start_boxes(self.boxes_v if is_v else self.boxes_k, offset + layout.chunk_bytes, barrier)
+        cute.arch.mbarrier_wait(barrier, int(is_v))
+        if cutlass.const_expr(is_v):
+            if i == 0:
+                self._clear(offset + layout.chunk_bytes)
+        self._convert(offset, self.config.pv_dtype if is_v else self.config.mma_dtype, self._lane(is_v))
+        cute.arch.sync_warp()
+        self._arrive(full)
+        cute.arch.fence_proxy("async.shared", space="cta")  # before the copies that come next
+
+    def _start_boxes(self, boxes: PagedBoxes, offset: int, barrier: cute.Pointer) -> None:
+        first = self._first_row()
+        for j in range(self.count):
+            place = cute.arch.shuffle_sync(self.page[0], j)
+            room = self.shared + offset + (first + j * boxes.rows) * boxes.layout.row_bytes
+            box = place & (1 << self.box_bits) - 1
+            boxes.load(room, self.head_kv, place >> self.box_bits, box, barrier)
 
     def _own_barrier(self) -> cute.Pointer:
         plan = self.config.plan
@@ -83,52 +116,45 @@ class Fp8BoxLoader(PageLoader):
         address = self.shared + plan.loader_barrier_offset + 8 * number
         return cute.make_ptr(cutlass.Int64, address, cute.AddressSpace.smem, assumed_align=8)
 
-    def _numbers(self, n: Int32) -> Int32:
-        _, _, batch, length = load_shared_v4(self.note)
-        keys, lane = self.keys, lane_anew()
-        key = cutlass.max(n * keys.tile_n + self._first_row() + lane * self.boxes_k.rows, Int32(0))
-        last = divide(cutlass.max(length, Int32(1)) - 1, keys.page_size)
-        index = cutlass.min(divide(key, keys.page_size), last)
-        row = self.table.iterator.toint() + Int64(batch) * Int64(self.table.stride[0]) * 4
-        return load_global_b32_if(row + Int64(index) * 4, Int32((lane < self.count) & (length > 0)))
+    def _lane(self, is_v: bool) -> Int32:
+        """ptxas holds K's places for V's, and hasn't the registers where K and V become the same or there are more
+        boxes."""
+        apart = is_v and (self.count > 1 or self.config.mma_dtype == self.config.pv_dtype)
+        return lane_apart() if apart else lane_anew()
 
-    @cute.jit
-    def _convert(self, stage: Stage, turn: Int32):
-        """Each lane its unit, K's to what Q K^T multiplies and V's to what P V does."""
-        layout, lane, is_v = self.config.layout_k, lane_anew(), again(turn) & 1
-        row, unit = _row_of(lane), lane & 3
-        first = stage.shared + self.config.offset_k + is_v * layout.bytes + (self._first_row() + row) * layout.row_bytes
-        source = first + layout.chunk_bytes + (unit ^ row) * UNIT_BYTES
-        target = first + (2 * unit ^ row) * UNIT_BYTES
-        if is_v == 0:
-            self._convert_rows(source, target, turn, self.config.mma_dtype)
-        else:
-            self._convert_rows(source, target, turn, self.config.pv_dtype)
-
-    @cute.jit
-    def _convert_rows(self, source: Int32, target: Int32, turn: Int32, dtype: cutlass.Constexpr):
-        """source, target: of the lane's unit of a row's first half, as bytes and as what they become."""
+    def _place(self, lane: Int32) -> tuple[Int32, Int32, Int32]:
+        """(row of a pass, byte offset of the lane's unit of the first half of its bytes, of the first unit that those
+        become) in the tile's chunks. Eight lanes that go together take rows r and r ^ 5, whose units lie in eight bank
+        groups both as bytes and as what they become."""
         layout = self.config.layout_k
-        for i in cutlass.range(HALVES * self.own_rows // ROWS_A_PASS, unroll=1):
-            half, beyond = i & 1, (i >> 1) * ROWS_A_PASS
-            words = load_shared_v4((source ^ half * (layout.row_bytes // HALVES)) + beyond * layout.row_bytes)
-            cute.arch.sync_warp()  # the second half's take the place of a row's bytes
-            if turn < 2:
-                words = self._present(words, beyond)
-            place = target + half * layout.chunk_bytes + beyond * layout.row_bytes
-            for j in cutlass.range_constexpr(2):
-                pairs = [pair for word in words[2 * j : 2 * j + 2] for pair in fp8_to_pairs(word, self.kind, dtype)]
-                store_shared_v4(place ^ j * UNIT_BYTES, pairs)
+        row, unit = (lane >> 3) ^ (lane >> 2 & 1) * 5, lane & 3
+        first = (self._first_row() + row) * layout.row_bytes
+        return row, first + (unit ^ row) * UNIT_BYTES, first + (2 * unit ^ row) * UNIT_BYTES
 
-    def _present(self, words: list[Int32], beyond: Int32) -> list[Int32]:
-        """Zeros in a row that isn't there, as may be in the last block of keys; it is `beyond` rows on from the lane's
-        first."""
-        row, (_, _, _, length) = _row_of(lane_anew()), load_shared_v4(self.note)
-        first = (read_blocks(self.note).end - 1) * self.keys.tile_n + self._first_row()
-        return [cutlass.select_(first + row + beyond < length, word, Int32(0)) for word in words]
+    @cute.jit
+    def _clear(self, offset: cutlass.Constexpr):
+        """Zeros in the bytes of rows that aren't there, as may be in the last block of keys."""
+        layout, (row, source, _) = self.config.layout_k, self._place(self._lane(True))
+        _, _, _, length = load_shared_v4(self.note)
+        first = (read_blocks(self.note).end - 1) * self.keys.tile_n + self._first_row() + row
+        for beyond in range(0, self.own_rows, ROWS_A_PASS):
+            if first + beyond >= length:
+                for half in range(2):
+                    place = (source ^ half * (layout.row_bytes // 2)) + offset + beyond * layout.row_bytes
+                    store_shared_v4(self.shared + place, [Int32(0)] * 4)
+        cute.arch.sync_warp()
 
-
-def _row_of(lane: Int32) -> Int32:
-    """Of a pass: eight lanes that go together take rows r and r ^ 5, whose units lie in eight bank groups both as bytes
-    and as what they become."""
-    return (lane >> 3) ^ (lane >> 2 & 1) * 5
+    def _convert(self, offset: int, dtype: str, lane: Int32) -> None:
+        """The warp's rows of the tile at `offset`: first halves, then second ones over the bytes."""
+        layout, (_, source, target) = self.config.layout_k, self._place(lane)
+        source, target = self.shared + source, self.shared + target
+        for half in range(2):
+            for beyond in range(0, self.own_rows, ROWS_A_PASS):
+                away = offset + beyond * layout.row_bytes
+                words = load_shared_v4((source ^ half * (layout.row_bytes // 2)) + away + layout.chunk_bytes)
+                if half:
+                    cute.arch.sync_warp()
+                for j in range(2):
+                    four = words[2 * j : 2 * j + 2]
+                    pairs = [pair for word in four for pair in fp8_to_pairs(word, self.kind, dtype)]
+                    store_shared_v4((target ^ j * UNIT_BYTES) + away + half * layout.chunk_bytes, pairs)

@@ -159,16 +159,15 @@ def computed_here(address: Int64, *, loc=None, ip=None) -> Int64:
     return Int64(_asm(T.i64(), [operand], "mov.b64 $0, $1;", "=l,l", volatile=True, loc=loc, ip=ip))
 
 
-@dsl_user_op
-def again(value: Int32, *, loc=None, ip=None) -> Int32:
-    """The same; what follows from it is worked out here, not held since it was worked out from `value`."""
-    operand = Int32(value).ir_value(loc=loc, ip=ip)
-    return Int32(_asm(T.i32(), [operand], "mov.b32 $0, $1;", "=r,r", volatile=True, loc=loc, ip=ip))
-
-
 def lane_anew() -> Int32:
     """The lane in its warp, likewise."""
     return thread_anew() & 31
+
+
+@dsl_user_op
+def lane_apart(*, loc=None, ip=None) -> Int32:
+    """The lane, in a way that ptxas doesn't hold the results of for both."""
+    return Int32(_asm(T.i32(), [], "mov.u32 $0, %laneid;", "=r", volatile=True, loc=loc, ip=ip))
 
 
 @dsl_user_op
