@@ -24,7 +24,6 @@ MAX_SPLITS = 64  # parts of a sequence in a decode
 TILE_NOTE_BYTES = 48  # what a thread block writes down instead of keeping it in registers, behind the tiles
 SECOND_NOTE_BYTES = 48
 LISTED_BYTES = 16  # numbers of the next listed blocks, behind the notes
-DROP_TABLE_BYTES = 96  # what dropout draws with, behind these
 FACTOR_BYTES = 16  # behind all else, in whole 16 bytes
 TURN_BYTES = 16  # behind the notes of a block that takes one tile after another
 STRIP_NOTE_BYTES = 64  # of a warp, where two query groups are
@@ -252,12 +251,11 @@ def smem_bytes(problem: AttentionProblem, row: TileRow) -> int:
 
 
 def note_bytes(problem: AttentionProblem, num_warps: int) -> int:
-    """Of the tile's note, with the part that lists, seeds and mods need; of two groups, one a warp and one for all."""
+    """Of the tile's note, with the part that lists and mods need; of two groups, one a warp and one for all."""
     if problem.dual_group:
         return num_warps * STRIP_NOTE_BYTES + WAY_NOTE_BYTES
     changed = any(getattr(problem, name) for name in CHANGES)
-    tables = LISTED_BYTES * problem.block_sparse + DROP_TABLE_BYTES * problem.dropout
-    return TILE_NOTE_BYTES + SECOND_NOTE_BYTES * changed + tables
+    return TILE_NOTE_BYTES + SECOND_NOTE_BYTES * changed + LISTED_BYTES * problem.block_sparse
 
 
 # Attributes of a problem that a kernel has no code for.

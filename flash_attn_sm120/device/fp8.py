@@ -152,7 +152,7 @@ class Keys8(HeldQ):
     def accumulate(self, tOrP: list, shared: Int32, tOrO: cute.Tensor) -> None:
         """tOrO += P V"""
         layout = self.config.layout_v
-        for k in range(layout.rows // 16):
+        for k, parts in enumerate(tOrP):
             for chunk in range(layout.chunks):
                 rows = []
                 for row in (0, 1, 8, 9):
@@ -164,9 +164,9 @@ class Keys8(HeldQ):
                         high = fp8_to_f16(byte_permute(rows[2][word], rows[3][word], selector), self.kind)
                         for j in range(2):
                             n = first + 4 * word + 2 * pair + j
-                            for m in range(len(tOrP)):
+                            for m, pairs in enumerate(parts):
                                 acc = [tOrO[m, n, i] for i in range(4)]
-                                acc = mma_m16n8k16(tOrP[m][k], [low[j], high[j]], acc, "f16")
+                                acc = mma_m16n8k16(pairs, [low[j], high[j]], acc, "f16")
                                 for i in range(4):
                                     tOrO[m, n, i] = acc[i]
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 from cutlass import Float32, cute
 
@@ -43,15 +43,15 @@ def qk_product(
                 tSrS[m, n, i] = acc[m][n][i]
 
 
-def pv_product(sV: SharedMatrix, tOrP: list, tOrO: cute.Tensor, dtype: str) -> None:
-    """tOrO += P V. tOrP [m][16 keys] -> A operand; tOrO accumulators (m_frags, head_dim_v / 8, 4)."""
-    for k in range(sV.layout.rows // 16):
+def pv_product(sV: SharedMatrix, tOrP: Iterable[list], tOrO: cute.Tensor, dtype: str) -> None:
+    """tOrO += P V. tOrP: of 16 keys after another, [m] -> A operand; tOrO accumulators (m_frags, head_dim_v / 8, 4)."""
+    for k, rows in enumerate(tOrP):
         for col in range(0, sV.layout.cols, 16):
             tOrV = sV.load(16 * k, col, transpose=True)
             for half in range(2):
                 n = col // 8 + half
-                for m in range(len(tOrP)):
+                for m, pairs in enumerate(rows):
                     acc = [tOrO[m, n, i] for i in range(4)]
-                    acc = mma_m16n8k16(tOrP[m][k], tOrV[2 * half : 2 * half + 2], acc, dtype)
+                    acc = mma_m16n8k16(pairs, tOrV[2 * half : 2 * half + 2], acc, dtype)
                     for i in range(4):
                         tOrO[m, n, i] = acc[i]

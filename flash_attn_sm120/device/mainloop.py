@@ -16,7 +16,7 @@ from cutlass import Float32, Int32, Int64, cute
 from flash_attn_sm120.arguments import Modifiers, Numbers
 from flash_attn_sm120.device.alibi import add_alibi
 from flash_attn_sm120.device.block_range import BlockRange
-from flash_attn_sm120.device.dropout import Dropper, write_table
+from flash_attn_sm120.device.dropout import Dropper
 from flash_attn_sm120.device.epilogue import stage_output, store_lse, store_output
 from flash_attn_sm120.device.fp8 import rows_to_f16
 from flash_attn_sm120.device.fragments import accumulators
@@ -47,7 +47,7 @@ from flash_attn_sm120.device.softmax import OnlineSoftmax, apply_softcap
 from flash_attn_sm120.device.stage import Stage, stage_of
 from flash_attn_sm120.device.tile import SharedMatrix
 from flash_attn_sm120.device.visible import is_band, visible_columns
-from flash_attn_sm120.dispatch import DROP_TABLE_BYTES, TILE_NOTE_BYTES
+from flash_attn_sm120.dispatch import TILE_NOTE_BYTES
 
 Q_COLUMNS_KEPT = 240  # in registers, where Q is; head_dim 256 leaves none for the rest
 Q_COLUMNS_LESS = 32  # beside dropout's numbers
@@ -114,9 +114,6 @@ class ForwardTile:
         write_tile_note(self.note, self.first_row, self.tile, self.seq_q, self.seq_k.length, self.total_k, blocks)
         if self.config.plan.note_bytes > TILE_NOTE_BYTES:
             write_second_note(self.second_note, self.seq_k.start, self.listed())
-        if self.config.problem.dropout:
-            seed, threshold, carry, _ = self.modifiers.dropout
-            write_table(self.drop_table, (Int32(seed[0]), Int32(seed[1])), threshold, carry)
         self.write_factor()
 
     def write_factor(self) -> None:
@@ -273,6 +270,8 @@ class ForwardTile:
         self.slope = self.load_slope() if self.config.problem.alibi else None
         if self.config.plan.q_in_registers:
             self.keep_q()
+        if self.config.problem.dropout:
+            self.dropper = self.make_dropper()
 
     def stop_multiplying(self) -> None:
         """O takes the place of the warp's Q, or, where it has another form, of what other warps may still read."""
@@ -397,9 +396,13 @@ class ForwardTile:
             self.apply_mods(place, modded)
         if masked:
             self.mask(n)
-        tOrP = self.softmax.update(self.tSrS, self.tOrO, config.pv_dtype)
         if config.problem.dropout:
-            tOrP = self.dropper(self.number_anew(i)).drop(tOrP)
+            self.softmax.follow(self.tSrS, self.tOrO)
+            tOrP = self.softmax.probabilities(self.tSrS, config.pv_dtype)
+            number = n if config.plan.q_in_registers else self.number_anew(i)  # else another register needs a stack
+            tOrP = self.dropper.drop(tOrP, number * config.plan.tile_n, *self.tSrS.shape[:2])
+        else:
+            tOrP = self.softmax.update(self.tSrS, self.tOrO, config.pv_dtype)
         sV = config.layout_v.matrix(shared, self.lane, config.offset_v)
         pv_product(sV, tOrP, self.tOrO, config.pv_dtype)
 
@@ -436,18 +439,12 @@ class ForwardTile:
         info = SeqlenInfo(seq_q.length, seqlen_k, seq_q.start, offset_k)
         return Place(batch, head, first, rows, n * plan.tile_n, thread % 32, info, last_col)
 
-    @property
-    def drop_table(self) -> Int32:
-        """Where what dropout draws with lies."""
-        plan = self.config.plan
-        return self.note + (plan.note_bytes - DROP_TABLE_BYTES)
-
-    def dropper(self, n: Int32) -> Dropper:
-        """Of block n."""
-        thread, config = thread_anew(), self.config
+    def make_dropper(self) -> Dropper:
+        """Of the thread's rows."""
+        thread = thread_anew()
         first_row, head, batch, _ = load_shared_v4(self.note)
-        row = first_row + (thread >> 5) * config.warp_rows
-        return Dropper(self.drop_table, batch, head, row, n * config.plan.tile_n, thread % 32)
+        row = first_row + (thread >> 5) * self.config.warp_rows
+        return Dropper(self.modifiers.dropout, row, head, batch, thread % 32)
 
     def own_positions(self, at: Positions, thread: Int32) -> list[Int32]:
         """Of the thread's rows."""

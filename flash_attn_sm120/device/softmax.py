@@ -5,8 +5,10 @@ Source: Milakov and Gimelshein, "Online normalizer calculation for softmax" (201
 
 from __future__ import annotations
 
+import itertools
 import math
 import operator
+from collections.abc import Iterator
 
 import cutlass
 from cutlass import Float32, Int32, cute
@@ -89,14 +91,38 @@ class OnlineSoftmax:
     @cute.jit
     def update(self, tSrS: cute.Tensor, tOrO: cute.Tensor, dtype: cutlass.Constexpr) -> list:
         """Takes a block's scores in: rescales tOrO, returns P (not yet divided by the row sums) as A operand of P V,
-        [m][16 keys] -> packed pairs (rows 0-7, 8-15 of keys 0-7, then of keys 8-15)."""
+        [16 keys][m] -> packed pairs (rows 0-7, 8-15 of keys 0-7, then of keys 8-15)."""
+        self.follow(tSrS, tOrO)
+        return self._probabilities(tSrS, dtype)
+
+    @cute.jit
+    def follow(self, tSrS: cute.Tensor, tOrO: cute.Tensor):
+        """The maxima's part of update."""
         new_max = [self._block_max(tSrS, r) for r in range(self.rows)]
         grown = cutlass.Boolean(False)
         for r in cutlass.range_constexpr(self.rows):
             grown = grown | ((new_max[r] - self.row_max[r]) * self.scales[r] > GROWTH)
         if cute.arch.vote_any_sync(grown):
             self._rescale(new_max, tOrO)
-        return self._probabilities(tSrS, dtype)
+
+    def probabilities(self, tSrS: cute.Tensor, dtype: str) -> Iterator[list]:
+        """What update returns, each 16 keys' once they are asked for: ptxas keeps to that order and so puts them and
+        what is done with them between the products."""
+        m_frags, n_frags, _ = tSrS.shape
+        offsets = [-self.row_max[r] * self.scales[r] for r in range(self.rows)]
+        for first in range(0, n_frags, 2):
+            places = list(itertools.product((first, first + 1), range(2)))
+            yield [
+                [self._pair(tSrS, m, n, half, offsets[2 * m + half], dtype) for n, half in places]
+                for m in range(m_frags)
+            ]
+
+    def _pair(self, tSrS: cute.Tensor, m: int, n: int, half: int, offset: Float32, dtype: str) -> Int32:
+        """Two neighbouring columns' part of P, added to the row's sum one by one."""
+        r = 2 * m + half
+        low, high = (exp2(fma(tSrS[m, n, 2 * half + j], self.scales[r], offset)) for j in range(2))
+        self.row_sum[r] = (self.row_sum[r] + low) + high
+        return pack_pair(low, high, dtype)
 
     def _block_max(self, tSrS: cute.Tensor, r: int) -> Float32:
         m, half = r // 2, r % 2
@@ -132,8 +158,8 @@ class OnlineSoftmax:
             if sums:
                 self.row_sum[r] = self.row_sum[r] + tree_reduce(sums, operator.add)
         return [
-            [[pairs[m, half, n + right] for right in range(2) for half in range(2)] for n in range(0, n_frags, 2)]
-            for m in range(m_frags)
+            [[pairs[m, half, n + right] for right in range(2) for half in range(2)] for m in range(m_frags)]
+            for n in range(0, n_frags, 2)
         ]
 
     def finish(

@@ -1,6 +1,7 @@
 """with_vllm.py under every vLLM that the backend is made for, each in a process of its own.
 
-`make test` puts the Python sources of 0.33.0 into .venv/vllm, `make test-vllm` those of all; VLLM_SOURCES names another folder that vllm_python.py has filled.
+`make test` puts the Python sources of 0.33.0 into .venv/vllm, `make test-vllm` those of all; VLLM_SOURCES names another
+folder that vllm_python.py has filled.
 """
 
 import os
