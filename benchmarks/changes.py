@@ -1,8 +1,8 @@
 """What dropout, mods and lists of blocks cost: time over that of the same call without, in the same run.
 
-    python benchmarks/changes.py [--occupancy sm120|device] [--every-plan] [--only TEXT] [--json FILE]
+    python benchmarks/changes.py [--occupancy sm120|device] [--every-plan] [--head-dim 128] [--only TEXT] [--json FILE]
 
-head_dim 128, bf16. Dense calls are b4 s4096; lists are of full blocks at b1 s16384, as many for each row of blocks, at
+bf16. Dense calls are b4 s4096; lists are of full blocks at b1 s16384, as many for each row of blocks, at
 random, and their time is divided by density * dense time too. Both are timed in turn, as a GPU slows down as it gets
 warm. --every-plan measures each tile of the table, --only the cases whose name has TEXT in it.
 """
@@ -124,6 +124,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--occupancy", choices=("sm120", "device"), default="sm120")
     parser.add_argument("--every-plan", action="store_true")
+    parser.add_argument("--head-dim", type=int, default=128)
     parser.add_argument("--only", default="")
     parser.add_argument("--turns", type=int, default=7)
     parser.add_argument("--repeats", type=int, default=5, help="of each turn")
@@ -131,11 +132,13 @@ def main() -> None:
     arguments = parser.parse_args()
     print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, occupancy {arguments.occupancy}\n")
     print("| cell | case | tile | dense, ms | ms | ms / (density * dense ms) | TFLOPS |\n" + "| --- " * 7 + "|")
-    jobs = [(cell, name, options, 1.0) for cell in DENSE for name, options in cases(cell).items()]
+    dims = {"head_dim": arguments.head_dim, "head_dim_v": arguments.head_dim}
+    dense, sparse = [replace(cell, **dims) for cell in DENSE], replace(SPARSE, **dims)
+    jobs = [(cell, name, options, 1.0) for cell in dense for name, options in cases(cell).items()]
     for block_size in BLOCK_SIZES:
         for density in DENSITIES:
-            options = {"block_sparse_tensors": random_blocks(SPARSE, block_size, density)}
-            jobs.append((SPARSE, f"blocks {block_size[0]}x{block_size[1]}, 1/{1 / density:.0f}", options, density))
+            options = {"block_sparse_tensors": random_blocks(sparse, block_size, density)}
+            jobs.append((sparse, f"blocks {block_size[0]}x{block_size[1]}, 1/{1 / density:.0f}", options, density))
     rows = []
     for job in (job for job in jobs if arguments.only in job[1]):
         for row in measure(*job, arguments):
