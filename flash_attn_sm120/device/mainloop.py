@@ -383,7 +383,8 @@ class ForwardTile:
 
     def matrix_q(self) -> SharedMatrix:
         """The warp's rows."""
-        return self.config.layout_q.matrix(self.q_rows, self.lane)
+        rows = self.q_rows if self.holds_q_place else self.q_rows_anew()
+        return self.config.layout_q.matrix(rows, self.lane)
 
     def accumulate(self, shared: Int32, n: Int32, i: Int32, masked: bool, modded: bool, place: Place | None) -> None:
         """place: for mods."""

@@ -20,14 +20,13 @@ class DecodeSoftmax(OnlineSoftmax):
     """OnlineSoftmax without a shuffle as long as no row grows: lanes look at their own scores only."""
 
     @cute.jit
-    def update(self, tSrS: cute.Tensor, tOrO: cute.Tensor, dtype: cutlass.Constexpr) -> list:
+    def follow(self, tSrS: cute.Tensor, tOrO: cute.Tensor):
         own_max = [self._own_max(tSrS, r) for r in range(self.rows)]
         grown = Boolean(False)
         for r in cutlass.range_constexpr(self.rows):
             grown = grown | ((own_max[r] - self.row_max[r]) * self.scales[r] > GROWTH)
         if cute.arch.vote_any_sync(grown):
             self._grow(own_max, tOrO)
-        return self._probabilities(tSrS, dtype)
 
     def _own_max(self, tSrS: cute.Tensor, r: int) -> Float32:
         m, half = r // 2, r % 2

@@ -21,7 +21,6 @@ from flash_attn_sm120.device.ptx import (
     store_shared_v4,
 )
 from flash_attn_sm120.device.scheduler import Tile, TileQueue, read_blocks
-from flash_attn_sm120.device.tile import SharedMatrix
 
 STOP = -1  # in place of a turn: there is no tile left
 
@@ -148,10 +147,6 @@ class PersistentTile(ForwardTile):
 
     def has_work(self) -> cutlass.Boolean:
         return self.read_turn() != STOP
-
-    def matrix_q(self) -> SharedMatrix:
-        rows = self.q_rows if self.holds_q_place else self.q_rows_anew()
-        return self.config.layout_q.matrix(rows, self.lane)
 
     @property
     def holds_q_place(self) -> bool:

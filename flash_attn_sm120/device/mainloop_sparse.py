@@ -26,6 +26,12 @@ FIRST = 3  # tiles whose numbers are read at the start
 EDGE = 1 << 30  # beside a tile's number: it is at an edge of what may be seen
 
 
+def address_of(tensor: cute.Tensor, place: tuple) -> Int64:
+    """Of the 32-bit element at `place`, the first coordinates; those left out are 0."""
+    steps = zip(place, tensor.stride[: len(place)], strict=True)
+    return tensor.iterator.toint() + sum((Int64(at) * Int64(stride) for at, stride in steps), Int64(0)) * 4
+
+
 class SparseTile(ForwardTile):
     """A ForwardTile whose blocks are listed. Its arguments are ForwardTile's."""
 
@@ -54,14 +60,9 @@ class SparseTile(ForwardTile):
     def _listed(self, cnt: cute.Tensor, idx: cute.Tensor) -> tuple[Int32, Int64]:
         """(tiles, address of the blocks) of one list."""
         tile, exists = self.tile, self.has_row(cnt)
-        row = cutlass.min(self.sparse_row(), cnt.shape[2] - 1)
-        place = (tile.batch, tile.head, row)
-        steps = zip(place, cnt.stride, strict=True)
-        offset = sum((Int64(at) * Int64(stride) for at, stride in steps), Int64(0))
-        count = load_global_b32_if(cnt.iterator.toint() + offset * 4, Int32(exists))
-        steps = zip(place, idx.stride[:3], strict=True)
-        offset = sum((Int64(at) * Int64(stride) for at, stride in steps), Int64(0))
-        return clamp(count, Int32(0), idx.shape[3]) * self.tiles_a_block, idx.iterator.toint() + offset * 4
+        place = (tile.batch, tile.head, cutlass.min(self.sparse_row(), cnt.shape[2] - 1))
+        count = load_global_b32_if(address_of(cnt, place), Int32(exists))
+        return clamp(count, Int32(0), idx.shape[3]) * self.tiles_a_block, address_of(idx, place)
 
     def sparse_row(self) -> Int32:
         """Of the lists."""
@@ -80,10 +81,8 @@ class SparseTile(ForwardTile):
         masked = i < mask_tiles
         low, high = (cutlass.select_(masked, words[word], words[word + 2]) for word in range(2))
         j = i - cutlass.select_(masked, Int32(0), mask_tiles)
-        within = divide(j, self.tiles_a_block)
         address = Int64(cutlass.Uint32(low)) | Int64(high) << 32
-        block = load_global_b32_if(address + Int64(within) * 4, Int32(i < mask_tiles + full_tiles))
-        return self.first_tile(block, seqlen_k) + (j - within * self.tiles_a_block)
+        return self.load_number(address, j, i < mask_tiles + full_tiles, seqlen_k)
 
     def first_numbers(self, mask_tiles: Int32, full_tiles: Int32, mask_at: Int64, full_at: Int64) -> list[Int32]:
         """The first three, as number gives them, before there is a note. Without a mask list their loads don't wait for
@@ -97,10 +96,14 @@ class SparseTile(ForwardTile):
             else:
                 j, address = Int32(i), full_at
                 exists = self.has_row(full_cnt) & (i // self.tiles_a_block < width)
-            within = divide(j, self.tiles_a_block)
-            block = load_global_b32_if(address + Int64(within) * 4, Int32(exists))
-            found.append(self.first_tile(block, self.seq_k.length) + (j - within * self.tiles_a_block))
+            found.append(self.load_number(address, j, exists, self.seq_k.length))
         return found
+
+    def load_number(self, address: Int64, j: Int32, exists: cutlass.Boolean, seqlen_k: Int32) -> Int32:
+        """Of the j-th tile of the list at an address."""
+        within = divide(j, self.tiles_a_block)
+        block = load_global_b32_if(address + Int64(within) * 4, Int32(exists))
+        return self.first_tile(block, seqlen_k) + (j - within * self.tiles_a_block)
 
     def first_tile(self, block: Int32, seqlen_k: Int32) -> Int32:
         """Of a listed block, which is at most the one behind the sequence's end."""

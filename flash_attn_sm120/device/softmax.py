@@ -120,9 +120,14 @@ class OnlineSoftmax:
     def _pair(self, tSrS: cute.Tensor, m: int, n: int, half: int, offset: Float32, dtype: str) -> Int32:
         """Two neighbouring columns' part of P, added to the row's sum one by one."""
         r = 2 * m + half
-        low, high = (exp2(fma(tSrS[m, n, 2 * half + j], self.scales[r], offset)) for j in range(2))
+        low, high = self._exponentials(tSrS, m, n, half, offset)
         self.row_sum[r] = (self.row_sum[r] + low) + high
         return pack_pair(low, high, dtype)
+
+    def _exponentials(self, tSrS: cute.Tensor, m: int, n: int, half: int, offset: Float32) -> list[Float32]:
+        """Of two neighbouring columns."""
+        scale = self.scales[2 * m + half]
+        return [exp2(fma(tSrS[m, n, 2 * half + j], scale, offset)) for j in range(2)]
 
     def _block_max(self, tSrS: cute.Tensor, r: int) -> Float32:
         m, half = r // 2, r % 2
@@ -149,7 +154,7 @@ class OnlineSoftmax:
             offset = -self.row_max[r] * self.scales[r]
             sums = []
             for n in range(n_frags):
-                low, high = (exp2(fma(tSrS[m, n, 2 * half + j], self.scales[r], offset)) for j in range(2))
+                low, high = self._exponentials(tSrS, m, n, half, offset)
                 if in_pairs:
                     sums.append(low + high)
                 else:
