@@ -14,7 +14,6 @@ from cutlass import Float32, Int32, Int64, cute
 
 from flash_attn_sm120.device.decode_gemm import HeldQ, ScoreSum
 from flash_attn_sm120.device.ptx import (
-    absolute,
     byte_permute,
     fp8_to_f16,
     load_global_v4_if,
@@ -25,7 +24,6 @@ from flash_attn_sm120.device.ptx import (
     store_shared_v4,
 )
 from flash_attn_sm120.device.softmax import quad_reduce
-from flash_attn_sm120.device.tile import VECTOR, TileLayout
 
 KINDS = {"float8_e4m3fn": "e4m3", "float8_e5m2": "e5m2"}
 TOP_EXPONENT = 14  # of the largest element of a row of Q in f16; its own largest is 15
@@ -43,29 +41,6 @@ def f16_scale(largest: Float32) -> tuple[Float32, Float32]:
     exponent = cutlass.min(cutlass.max(exponent, Int32(TOP_EXPONENT + 1)), Int32(254))
     up = ((127 + 127 + TOP_EXPONENT - exponent) << 23).bitcast(Float32)
     return up, ((exponent - TOP_EXPONENT) << 23).bitcast(Float32)
-
-
-def rows_to_f16(layout: TileLayout, shared: Int32, rows: int, lane: Int32) -> list[Float32]:
-    """A warp's `rows` rows of bf16 in shared memory become f16. Returns what the scores of each of the thread's rows,
-    8 apart, have to be multiplied by for it."""
-    row, sharers = lane % rows, 32 // rows
-    places = []
-    for first in range(0, layout.cols // VECTOR, sharers):
-        chunk, unit = divmod(first, layout.units)
-        places.append(shared + (layout.unit_offset(row, unit + lane // rows) + chunk * layout.chunk_bytes))
-    largest = Float32(0.0)
-    for place in places:
-        for pair in load_shared_v4(place):
-            for value in floats(pair):
-                largest = cute.arch.fmax(largest, absolute(value))
-    if sharers == 2:
-        largest = cute.arch.fmax(largest, cute.arch.shuffle_sync_bfly(largest, offset=rows))
-    up, down = f16_scale(largest)
-    for place in places:
-        pairs = [[value * up for value in floats(pair)] for pair in load_shared_v4(place)]
-        store_shared_v4(place, [pack_pair(low, high, "f16") for low, high in pairs])
-    cute.arch.sync_warp()
-    return [cute.arch.shuffle_sync(down, 8 * r + lane // 4) for r in range(rows // 8)]
 
 
 class Keys8(HeldQ):

@@ -17,7 +17,7 @@ from cutlass import Int32, Int64, cute
 from flash_attn_sm120.device.fp8 import KINDS
 from flash_attn_sm120.device.load_pages import PagedBoxes, PageLoader
 from flash_attn_sm120.device.ptx import (
-    fp8_to_pairs,
+    fp8_to_f16,
     lane_anew,
     lane_apart,
     load_global_b32_if,
@@ -97,7 +97,7 @@ class Fp8BoxLoader(PageLoader):
         if cutlass.const_expr(is_v):
             if i == 0:
                 self._clear(offset + layout.chunk_bytes)
-        self._convert(offset, self.config.pv_dtype if is_v else self.config.mma_dtype, self._lane(is_v))
+        self._convert(offset, self._lane(is_v))
         cute.arch.sync_warp()
         self._arrive(full)
         cute.arch.fence_proxy("async.shared", space="cta")  # before the copies that come next
@@ -117,10 +117,8 @@ class Fp8BoxLoader(PageLoader):
         return cute.make_ptr(cutlass.Int64, address, cute.AddressSpace.smem, assumed_align=8)
 
     def _lane(self, is_v: bool) -> Int32:
-        """ptxas holds K's places for V's, and hasn't the registers where K and V become the same or there are more
-        boxes."""
-        apart = is_v and (self.count > 1 or self.config.mma_dtype == self.config.pv_dtype)
-        return lane_apart() if apart else lane_anew()
+        """ptxas would hold K's places for V's, and hasn't the registers."""
+        return lane_apart() if is_v else lane_anew()
 
     def _place(self, lane: Int32) -> tuple[Int32, Int32, Int32]:
         """(row of a pass, byte offset of the lane's unit of the first half of its bytes, of the first unit that those
@@ -144,7 +142,7 @@ class Fp8BoxLoader(PageLoader):
                     store_shared_v4(self.shared + place, [Int32(0)] * 4)
         cute.arch.sync_warp()
 
-    def _convert(self, offset: int, dtype: str, lane: Int32) -> None:
+    def _convert(self, offset: int, lane: Int32) -> None:
         """The warp's rows of the tile at `offset`: first halves, then second ones over the bytes."""
         layout, (_, source, target) = self.config.layout_k, self._place(lane)
         source, target = self.shared + source, self.shared + target
@@ -156,5 +154,5 @@ class Fp8BoxLoader(PageLoader):
                     cute.arch.sync_warp()
                 for j in range(2):
                     four = words[2 * j : 2 * j + 2]
-                    pairs = [pair for word in four for pair in fp8_to_pairs(word, self.kind, dtype)]
+                    pairs = [pair for word in four for pair in fp8_to_f16(word, self.kind)]
                     store_shared_v4((target ^ j * UNIT_BYTES) + away + half * layout.chunk_bytes, pairs)

@@ -18,13 +18,12 @@ from flash_attn_sm120.device.alibi import add_alibi
 from flash_attn_sm120.device.block_range import BlockRange
 from flash_attn_sm120.device.dropout import Dropper
 from flash_attn_sm120.device.epilogue import stage_output, store_lse, store_output
-from flash_attn_sm120.device.fp8 import rows_to_f16
+from flash_attn_sm120.device.fp8_query import Q_SHIFT, load_query
 from flash_attn_sm120.device.fragments import accumulators
 from flash_attn_sm120.device.gemm import pv_product, qk_product
 from flash_attn_sm120.device.mask import apply_bounds, apply_mask
 from flash_attn_sm120.device.mods import Place, SeqlenInfo, apply_mask_mod, apply_score_mod
 from flash_attn_sm120.device.ptx import (
-    lane_anew,
     load_shared_f32,
     load_shared_v4,
     mbarrier_arrive_after,
@@ -172,7 +171,8 @@ class ForwardTile:
         if self.copies():
             if cutlass.const_expr(self.loader.warps > 1):
                 cute.arch.barrier(barrier_id=COPYING_BARRIER, number_of_threads=32 * self.loader.warps)
-            self.loader.load_q(self.q_full)
+            if cutlass.const_expr(not self.config.loads_own_q):
+                self.loader.load_q(self.q_full)
             self.load_first(blocks)
         if self.thread == 0:
             self.write_note(blocks)
@@ -259,13 +259,14 @@ class ForwardTile:
 
     def start_multiplying(self) -> None:
         """Waits for Q."""
-        cute.arch.mbarrier_wait(self.q_full, 0)
+        if self.config.loads_own_q:
+            self.load_own_q()
+        else:
+            cute.arch.mbarrier_wait(self.q_full, 0)
         self.take_q()
 
     def take_q(self) -> None:
         """What is to be done with Q before the first block."""
-        if self.config.q_to_f16:
-            self.convert_q()
         self.softmax.start(self.softmax_scales())
         self.slope = self.load_slope() if self.config.problem.alibi else None
         if self.config.plan.q_in_registers:
@@ -399,13 +400,13 @@ class ForwardTile:
             self.mask(n)
         if config.problem.dropout:
             self.softmax.follow(self.tSrS, self.tOrO)
-            tOrP = self.softmax.probabilities(self.tSrS, config.pv_dtype)
+            tOrP = self.softmax.probabilities(self.tSrS, config.mma_dtype)
             number = n if config.plan.q_in_registers else self.number_anew(i)  # else another register needs a stack
             tOrP = self.dropper.drop(tOrP, number * config.plan.tile_n, *self.tSrS.shape[:2])
         else:
-            tOrP = self.softmax.update(self.tSrS, self.tOrO, config.pv_dtype)
+            tOrP = self.softmax.update(self.tSrS, self.tOrO, config.mma_dtype)
         sV = config.layout_v.matrix(shared, self.lane, config.offset_v)
-        pv_product(sV, tOrP, self.tOrO, config.pv_dtype)
+        pv_product(sV, tOrP, self.tOrO, config.mma_dtype)
 
     def number_anew(self, i: Int32) -> Int32:
         """Of the i-th block, from memory, so that no register holds it through the products."""
@@ -478,10 +479,14 @@ class ForwardTile:
         _, head, batch, _ = read_tile_note(self.note, self.config.problem.packed_q)
         return self.modifiers.alibi_slopes[batch, head] * math.log2(math.e)
 
-    def convert_q(self) -> None:
-        """The warp's rows of Q become f16, as K and V are; what they were divided by goes into the scales."""
-        factors = rows_to_f16(self.config.layout_q, self.q_rows, self.config.warp_rows, lane_anew())
-        self.scales = [scale * factor for scale, factor in zip(self.scales, factors, strict=True)]
+    def load_own_q(self) -> None:
+        """The warp's rows."""
+        first_row, head, batch, seq_q = read_tile_note(self.note, self.config.problem.packed_q)
+        config, factor = self.config, None
+        if config.q_to_f16:
+            factor = 2.0**-Q_SHIFT
+        first_row = first_row + (thread_anew() >> 5) * config.warp_rows
+        load_query(self.loader.q, first_row, seq_q.length, self.q_rows, config.warp_rows, factor)
 
     def store(self, mO: cute.Tensor, mLSE: cute.Tensor | None) -> None:
         """Rows beyond the used length but inside the sequence's room become 0 and -inf."""

@@ -360,17 +360,8 @@ def fp8_to_f16(packed: Int32, kind: str, *, loc=None, ip=None) -> list[Int32]:
 
 
 @dsl_user_op
-def f16_to_bf16(pair: Int32, *, loc=None, ip=None) -> Int32:
-    """A packed pair of f16 -> one of bf16, rounded to nearest even."""
-    operand = Int32(pair).ir_value(loc=loc, ip=ip)
-    text = (
-        "{ .reg .b16 low, high; .reg .f32 a, b; mov.b32 {low, high}, $1; "
-        "cvt.f32.f16 a, low; cvt.f32.f16 b, high; cvt.rn.bf16x2.f32 $0, b, a; }"
-    )
-    return Int32(_asm(T.i32(), [operand], text, "=r,r", volatile=False, loc=loc, ip=ip))
-
-
-def fp8_to_pairs(packed: Int32, kind: str, dtype: str) -> list[Int32]:
-    """Four fp8 values as two packed pairs of `dtype`, "f16" or "bf16", exactly."""
-    pairs = fp8_to_f16(packed, kind)
-    return pairs if dtype == "f16" else [f16_to_bf16(pair) for pair in pairs]
+def infinite_to_nan(pair: Int32, *, loc=None, ip=None) -> Int32:
+    """A packed pair of f16, of which what isn't finite becomes NaN."""
+    operands = [Int32(pair).ir_value(loc=loc, ip=ip), Int32(0).ir_value(loc=loc, ip=ip)]
+    text = "fma.rn.f16x2 $0, $1, $2, $1;"
+    return Int32(_asm(T.i32(), operands, text, "=r,r,r", volatile=False, loc=loc, ip=ip))

@@ -14,6 +14,7 @@ from cutlass import Int32, cute
 
 from flash_attn_sm120.arguments import Lengths, Modifiers, Numbers
 from flash_attn_sm120.device.block_range import block_range
+from flash_attn_sm120.device.fp8_query import Q_SHIFT
 from flash_attn_sm120.device.load_cp_async import CpAsyncLoader
 from flash_attn_sm120.device.load_fp8 import Fp8Loader
 from flash_attn_sm120.device.load_fp8_boxes import Fp8BoxLoader
@@ -45,9 +46,9 @@ class FlashAttentionForwardSm80:
         self.problem = problem
         self.plan = plan
         self.dtype = PTX_DTYPE[problem.dtype]
-        self.mma_dtype = "f16" if plan.way == "fp8" else self.dtype  # 8-bit values are exact in both
-        # P, up to 2^GROWTH, and V of 8 bits fit f16, which V becomes with one conversion a pair where bf16 takes four
-        self.pv_dtype = "f16" if plan.way == "fp8_boxes" else self.mma_dtype
+        # 8-bit values are exact in f16, which takes one conversion a pair where bf16 takes four; P is up to 2^GROWTH
+        self.mma_dtype = "f16" if problem.kv_dtype else self.dtype
+        self.loads_own_q = bool(problem.kv_dtype)  # the matrix warps do
         self.q_to_f16 = self.mma_dtype != self.dtype
         self.num_threads = 32 * (plan.num_warps + plan.loading_warps)
         self.warp_rows = plan.tile_m // plan.num_warps
@@ -95,6 +96,8 @@ class FlashAttentionForwardSm80:
         if cutlass.const_expr(problem.paged):
             seqlen_k = lengths.page_table.shape[1] * problem.page_size
         group = heads_in_l2(heads // mK.shape[-2], seqlen_k, row_bytes)
+        if cutlass.const_expr(self.q_to_f16):
+            numbers = numbers._replace(softmax_scale=numbers.softmax_scale * 2.0**Q_SHIFT)
         maps = (None,) * 6
         if cutlass.const_expr(plan.way == "tma"):
             maps = tile_maps((mQ, mK, mV), (self.layout_q, self.layout_k, self.layout_v))
