@@ -152,7 +152,7 @@ FORWARD_TILES = (
     *COMMON_TILES[:2],
     replace(LARGEST, ways=("cp_async",), copying_warps=4, masks=("full", "causal")),
     replace(LARGEST, ways=("page_boxes",), copying_warps=4),
-    replace(LARGEST, ways=("fp8_boxes",), modifiers=("v_descale",)),
+    replace(LARGEST, ways=("fp8_boxes",), modifiers=("k_descale", "v_descale")),
     replace(LARGEST, ways=("tma",), modifiers=("block_sparse",)),
     *(row for rows in zip(FP8_TILES, COMMON_TILES[2:], strict=True) for row in rows),
     *NARROW_TILES,
@@ -230,8 +230,10 @@ def loading_way(kernel: str, problem: AttentionProblem, arch: str) -> str:
 
 
 def fits_bytes(problem: AttentionProblem) -> bool:
-    """Whether 8-bit rows of a pool fill a chunk of a tile each, and the kernel that takes them as bytes has a tile."""
-    modified = any(getattr(problem, name) for name in MODIFIERS if name != "v_descale")
+    """Whether 8-bit rows of a pool fill a chunk of a tile each, and the kernel that takes them as bytes has a tile.
+    bfloat16 Q gets k_descale when it becomes f16; float16 Q, which isn't changed, leaves no register for it."""
+    free = ("k_descale", "v_descale") if problem.dtype == "bfloat16" else ("v_descale",)
+    modified = any(getattr(problem, name) for name in MODIFIERS if name not in free)
     return problem.paged and problem.head_dim == problem.head_dim_v == 128 and not modified
 
 

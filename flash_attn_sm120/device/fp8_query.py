@@ -1,7 +1,8 @@
 """Q beside K of 8 bits: each matrix warp brings its own rows to shared memory, as f16, which K's values fit exactly.
 
-bfloat16 has eight significant bits and f16 eleven, but a smaller range: elements are divided by 2^Q_SHIFT, so that all
-up to 2^20 fit, and of those below 2^-10 what is lost is 2^-21 at most. Larger ones become NaN, and so do their rows.
+bfloat16 has eight significant bits and f16 eleven, but a smaller range. Elements are divided by 2^Q_SHIFT: all below 2^24
+fit, and what those below 2^-6 lose is 2^-17 at most. Larger ones become NaN, and so do their rows' results. A factor a
+row would fit any, but registers for it aren't left beside the largest tile.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from flash_attn_sm120.device.ptx import (
 )
 from flash_attn_sm120.device.tile import VECTOR
 
-Q_SHIFT = 4
+Q_SHIFT = 8
 
 
 def load_query(

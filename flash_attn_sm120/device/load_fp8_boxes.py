@@ -48,11 +48,13 @@ class Fp8BoxLoader(PageLoader):
         self.note = self.shared + config.plan.note_offset
         self.tiles = LANES // self.count  # that a look-up serves
         self.box_bits = (self.keys.page_size // k.rows - 1).bit_length()
+        self.number = cute.make_rmem_tensor((1,), Int32)  # of the warp, among those that load
 
     @cute.jit
     def feed(self, stage: Stage):
         """All tiles, K and V of a block in turn. What notes hold is read anew for each block, as few registers are left
         beside the conversion."""
+        self.number[0] = cute.arch.make_warp_uniform((thread_anew() >> 5) - self.config.plan.num_warps)
         i = Int32(0)
         while i < read_block_count(self.note):
             if i % self.tiles == 0:
@@ -110,10 +112,12 @@ class Fp8BoxLoader(PageLoader):
             box = place & (1 << self.box_bits) - 1
             boxes.load(room, self.head_kv, place >> self.box_bits, box, barrier)
 
+    def _first_row(self) -> Int32:
+        return self.number[0] * self.own_rows
+
     def _own_barrier(self) -> cute.Pointer:
         plan = self.config.plan
-        number = cute.arch.make_warp_uniform((thread_anew() >> 5) - plan.num_warps)
-        address = self.shared + plan.loader_barrier_offset + 8 * number
+        address = self.shared + plan.loader_barrier_offset + 8 * self.number[0]
         return cute.make_ptr(cutlass.Int64, address, cute.AddressSpace.smem, assumed_align=8)
 
     def _lane(self, is_v: bool) -> Int32:

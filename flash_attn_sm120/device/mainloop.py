@@ -480,11 +480,13 @@ class ForwardTile:
         return self.modifiers.alibi_slopes[batch, head] * math.log2(math.e)
 
     def load_own_q(self) -> None:
-        """The warp's rows."""
+        """The warp's rows, with k_descale where they become f16."""
         first_row, head, batch, seq_q = read_tile_note(self.note, self.config.problem.packed_q)
         config, factor = self.config, None
         if config.q_to_f16:
             factor = 2.0**-Q_SHIFT
+            if config.problem.k_descale:
+                factor = Float32(self.modifiers.k_descale[batch, head // self.heads_per_kv]) * factor
         first_row = first_row + (thread_anew() >> 5) * config.warp_rows
         load_query(self.loader.q, first_row, seq_q.length, self.q_rows, config.warp_rows, factor)
 

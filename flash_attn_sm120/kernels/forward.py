@@ -166,7 +166,7 @@ class FlashAttentionForwardSm80:
             end = cutlass.select_(seq_q.length > 0, Int32(blocks.end), Int32(blocks.begin))
             blocks = replace(blocks, end=end)
         heads_per_kv = mQ.shape[-2] // mK.shape[-2]
-        if cutlass.const_expr(problem.k_descale):
+        if cutlass.const_expr(problem.k_descale and not self.q_to_f16):
             scale = numbers.softmax_scale * modifiers.k_descale[tile.batch, tile.head // heads_per_kv]
             numbers = numbers._replace(softmax_scale=scale)
         kind = SparseTile if problem.block_sparse else ForwardTile
