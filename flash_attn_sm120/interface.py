@@ -73,7 +73,8 @@ def flash_attn_func(
         head h reads KV head h // (heads // heads_kv). head_dim and head_dim_v: multiples of 8 up to 256.
         Any strides with a contiguous last dimension. A tensor whose address isn't a multiple of 16 bytes, or whose
         strides aren't, is copied first. dtype of q, or float8_e4m3fn or float8_e5m2, then with head_dim and head_dim_v
-        that are multiples of 16.
+        that are multiples of 16; rows of bfloat16 q that have an element of 2^24 or more are NaN then, but in calls of
+        at most 16 rows.
     softmax_scale: 1 / sqrt(head_dim) if None.
     causal: query row i sees the columns up to i + seqlen_k - seqlen_q (the last row is aligned with the last column).
     window_size: (left, right), the row sees columns from i + seqlen_k - seqlen_q - left to + right; -1 or None is

@@ -21,7 +21,6 @@ from flash_attn_sm120.device.ptx import (
     load_shared_v4,
     mma_m16n8k16,
     pack_pair,
-    store_shared_v4,
 )
 from flash_attn_sm120.device.softmax import quad_reduce
 

@@ -1,8 +1,8 @@
 """Q beside K of 8 bits: each matrix warp brings its own rows to shared memory, as f16, which K's values fit exactly.
 
-bfloat16 has eight significant bits and f16 eleven, but a smaller range. Elements are divided by 2^Q_SHIFT: all below 2^24
-fit, and what those below 2^-6 lose is 2^-17 at most. Larger ones become NaN, and so do their rows' results. A factor a
-row would fit any, but registers for it aren't left beside the largest tile.
+bfloat16 has eight significant bits and f16 eleven, but a smaller range. Elements are divided by 2^Q_SHIFT: all below
+2^24 fit, and what those below 2^-6 lose is 2^-17 at most. Larger ones become NaN, and so do their rows' results. A
+factor a row would fit any, but registers for it aren't left beside the largest tile.
 """
 
 from __future__ import annotations
