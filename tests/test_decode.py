@@ -47,9 +47,11 @@ CASES = {
     "e4m3, head_dim 64": Case([2, 2], [150, 33], kv_dtype="float8_e4m3fn", head_dim=64, **PAGED),
     "e4m3, head_dim 80": Case([2, 2], [150, 33], kv_dtype="float8_e4m3fn", head_dim=80, mask="causal"),
     "e5m2, head_dim 192, 128": Case([2], [90], kv_dtype="float8_e5m2", head_dim=192, head_dim_v=128),
+    "e4m3, rows of all sizes": Case([5, 5], [150, 33], group=8, row_sizes=True, kv_dtype="float8_e4m3fn", **PAGED),
     "e4m3, head_dim 256": Case([2, 2], [90, 33], kv_dtype="float8_e4m3fn", head_dim=256, mask="causal"),
 }
 SPLIT = {
+    "e4m3, rows of all sizes": Case([5], [600], group=8, row_sizes=True, kv_dtype="float8_e4m3fn", **PAGED),
     "uneven": Case([1, 1, 1], [900, 0, 33], page_size=16),
     "packed": Case([3, 0, 7, 1], [160, 30, 5, 700], mask="causal", packed_q=True),
     "two tiles of rows": Case([16], [500], group=4, heads_kv=1, **PAGED),

@@ -133,9 +133,11 @@ class VisibleRows(RowTile):
         bounds = visible_columns(self.config.problem, position, self.seqlen_k, self.total_k, self.numbers)
         return Int32(bounds[0]), Int32(bounds[1])
 
-    def q_addresses(self) -> list[Int64]:
-        """Of the thread's rows."""
-        return [self._address(self.mQ, self.seq_q, *self.place(self.existing(row))) for row in self.own_rows]
+    def q_address(self, row: Int32) -> Int64:
+        return self._address(self.mQ, self.seq_q, *self.place(self.existing(row)))
+
+    def exists(self, row: Int32) -> cutlass.Boolean:
+        return cutlass.Boolean(self.first_row + row < self.seq_q.length * self.heads.per_kv)
 
     def mask(self, tSrS: cute.Tensor, first_col: Int32, lane: Int32) -> None:
         """Scores of columns that a row doesn't see become -inf."""

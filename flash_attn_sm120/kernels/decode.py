@@ -44,8 +44,9 @@ class FlashAttentionDecodeSm80:
         self.layout_v = TileLayout(plan.tile_n, self.memory.columns_v)
         self.slot_bytes = max(self.layout_k.bytes, self.layout_v.bytes)
 
-    def operands(self, lane: Int32, shared: Int32):
-        return (Keys8 if self.problem.kv_dtype else Keys16)(self, lane, shared + self.memory.q_offset)
+    def operands(self, lane: Int32, shared: Int32, ring: Int32):
+        """shared: of the block; ring: the warp's."""
+        return (Keys8 if self.problem.kv_dtype else Keys16)(self, lane, shared, ring)
 
     @cute.jit
     def __call__(
@@ -167,7 +168,7 @@ class FlashAttentionDecodeSm80:
         if cutlass.const_expr(problem.k_descale):
             scale = scale * modifiers.k_descale[piece.batch, head_kv]
         keys = KeysAndValues(self, mK, mV, piece.batch, seq_k, head_kv, lengths, lane_anew)
-        loop = DecodeLoop(self, keys, shared + warp * self.memory.ring_bytes, scale, numbers)
+        loop = DecodeLoop(self, keys, shared, warp, scale, numbers)
         pages = []
         if cutlass.const_expr(starts_at_first(problem)):  # as early as can be: all else waits for them
             pages = loop.first_pages(first + warp, plan.num_warps)
