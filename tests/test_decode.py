@@ -99,6 +99,14 @@ def test_split(case, num_splits, device):
     assert used > 1, "nothing was split"
 
 
+def test_more_parts_than_lanes(device):
+    case = Case([1], [2400], heads_kv=1, group=2, head_dim=192, num_splits=40)
+    inputs = run(case, device)
+    check(case, inputs)
+    used = (~inputs.partials.lse.isnan()).flatten(1).any(1).sum().item()
+    assert used > 32
+
+
 def test_split_agrees_with_whole(device):
     torch.manual_seed(5)
     whole = run(Case([2], [600], **PAGED), device)

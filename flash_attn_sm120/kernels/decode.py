@@ -12,6 +12,7 @@ import cutlass
 from cutlass import Boolean, Float32, Int32, cute
 
 from flash_attn_sm120.arguments import Lengths, Modifiers, Numbers, Partials
+from flash_attn_sm120.decode_plan import NOTE_BYTES
 from flash_attn_sm120.device.decode_gemm import Keys16
 from flash_attn_sm120.device.fp8 import Keys8
 from flash_attn_sm120.device.mainloop_decode import DecodeLoop
@@ -173,9 +174,8 @@ class FlashAttentionDecodeSm80:
         if cutlass.const_expr(starts_at_first(problem)):  # as early as can be: all else waits for them
             pages = loop.first_pages(first + warp, plan.num_warps)
         rows = VisibleRows(self, mQ, seq_q, piece, head_kv, heads, seq_k.length, total_k, numbers)
-        note = shared + self.memory.note_offset
-        thread, _, _ = cute.arch.thread_idx()
-        if thread == 0:
+        note = shared + self.memory.note_offset + warp * NOTE_BYTES
+        if loop.lane == 0:
             write_note(note, piece, head_kv, seq_q)
         keys.bounds = (rows.begin, rows.end)
         # what the rows of this tile see
@@ -185,7 +185,7 @@ class FlashAttentionDecodeSm80:
         if cutlass.const_expr(not starts_at_first(problem)):
             pages = loop.first_pages(first + warp, plan.num_warps)
         loop.run(rows, pages, first + warp, plan.num_warps, count, modifiers)
-        cute.arch.sync_threads()
+        cute.arch.sync_warp()
         tile = RowTile.from_note(self, mQ, note, heads)
         Merge(self, loop, tile, shared, warp, modifiers).run(mO, mLSE, partials)
 
