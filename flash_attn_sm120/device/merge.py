@@ -36,11 +36,10 @@ LOADS_AT_ONCE = 16  # of a lane, while parts are brought together
 class Merge:
     """shared: of the block, free but for what this writes; a warp stages its O in its own ring."""
 
-    def __init__(
-        self, config, loop: DecodeLoop, rows: RowTile, shared: Int32, warp: Int32, modifiers
-    ):  # fmt: skip
+    def __init__(self, config, loop: DecodeLoop, rows: RowTile, splits: Int32, shared: Int32, warp: Int32, modifiers):
+        """splits: parts that the sequence has."""
         self.config, self.loop, self.rows, self.piece, self.modifiers = config, loop, rows, rows.piece, modifiers
-        self.shared, self.warp, self.lane = shared, warp, loop.lane
+        self.splits, self.shared, self.warp, self.lane = splits, shared, warp, loop.lane
         self.group, self.quad = self.lane // 4, self.lane % 4
         self.notes = shared + config.memory.notes_offset
         self.row_bytes = config.memory.staged_row_bytes
@@ -56,7 +55,7 @@ class Merge:
         if cutlass.const_expr(not self.config.problem.split):
             self.store_out(mO, mLSE)
         else:
-            if self.piece.splits == 1:
+            if self.splits == 1:
                 self.store_out(mO, mLSE)
             else:
                 self.store_part(partials)
@@ -188,7 +187,7 @@ class Merge:
         cute.arch.sync_warp()
         if own_row < self.num_rows():
             place = partials.tickets.iterator.toint() + Int64(number * self.config.plan.tile_m + own_row) * 4
-            is_last = take_ticket(place, self.piece.splits - 1) == self.piece.splits - 1
+            is_last = take_ticket(place, self.splits - 1) == self.splits - 1
         last_rows = cute.arch.vote_ballot_sync(is_last)
         cute.arch.sync_warp()
         for row in cutlass.range(self.warp, self.num_rows(), warps, unroll=1):
@@ -206,7 +205,7 @@ class Merge:
         first_parts = self.load(address, step, columns, 0)  # on their way while the weights are worked out
         weights, lse = part_weights(self.part_lses(partials.lse, row))
         self.add(sums, first_parts, weights[0])
-        for first in cutlass.range(self.parts_at_once, self.piece.splits, self.parts_at_once, unroll=1):
+        for first in cutlass.range(self.parts_at_once, self.splits, self.parts_at_once, unroll=1):
             weight = weights[0]
             if first >= 32:
                 weight = weights[1]
@@ -228,7 +227,7 @@ class Merge:
         loaded = []
         for i in range(self.parts_at_once):
             if i:  # from part to part, as a multiplication each would keep the first load waiting
-                place = place + cutlass.select_(first + i < self.piece.splits, step, Int64(0))
+                place = place + cutlass.select_(first + i < self.splits, step, Int64(0))
             loaded.append([load_fresh_v4_f32(place + Int64(col * 4)) for col in columns.within])
         return loaded
 
@@ -241,9 +240,9 @@ class Merge:
         start, lses = mLSE.iterator.toint() + self.rows.lse_offset(mLSE, row) * 4, []
         for first in range(0, MAX_SPLITS, 32):
             split = Int32(first + self.lane)
-            number = cutlass.min(split, self.piece.splits - 1)
+            number = cutlass.min(split, self.splits - 1)
             value = load_fresh_f32(start + Int64(number) * (Int64(mLSE.stride[0]) * 4))
-            lses.append(cutlass.select_(split < self.piece.splits, value, Float32(NEG_INF)))
+            lses.append(cutlass.select_(split < self.splits, value, Float32(NEG_INF)))
         return lses
 
 

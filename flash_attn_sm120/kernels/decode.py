@@ -18,7 +18,7 @@ from flash_attn_sm120.device.fp8 import Keys8
 from flash_attn_sm120.device.mainloop_decode import DecodeLoop
 from flash_attn_sm120.device.merge import Merge
 from flash_attn_sm120.device.paged_kv import KeysAndValues, prefetch_table
-from flash_attn_sm120.device.pieces import WHOLE, Cut, Piece, find_piece
+from flash_attn_sm120.device.pieces import WHOLE, Cut, Piece, find_piece, parts
 from flash_attn_sm120.device.ptx import PTX_DTYPE, lane_anew
 from flash_attn_sm120.device.rows import Heads, RowTile, VisibleRows, write_note
 from flash_attn_sm120.device.seqlen import Sequence, divide, sequences
@@ -138,7 +138,7 @@ class FlashAttentionDecodeSm80:
         else:
             m_blocks = cute.ceil_div(mQ.shape[1] * heads.per_kv, plan.tile_m)
             owner = divide(index, m_blocks)
-            piece = Piece(owner, index - owner * m_blocks, Int32(0), Int32(1), Int32(WHOLE), Boolean(True))
+            piece = Piece(owner, index - owner * m_blocks, Int32(0), Int32(WHOLE), Boolean(True))
         return piece
 
     @cute.jit
@@ -162,7 +162,9 @@ class FlashAttentionDecodeSm80:
         shared = cute.arch.get_dyn_smem(cutlass.Uint8, alignment=1024).toint()
         seq_q, seq_k, total_k = sequences(problem, mQ, mK, lengths, piece.batch)
         first, end = self.granules(seq_q, seq_k.length, total_k, numbers)
+        splits = Int32(1)
         if cutlass.const_expr(problem.split):
+            splits = parts(cutlass.max(end - first, Int32(0)), piece.chunk)
             first = first + piece.split * piece.chunk
             end = cutlass.min(end, first + piece.chunk)
         scale = numbers.softmax_scale
@@ -176,7 +178,7 @@ class FlashAttentionDecodeSm80:
         rows = VisibleRows(self, mQ, seq_q, piece, head_kv, heads, seq_k.length, total_k, numbers)
         note = shared + self.memory.note_offset + warp * NOTE_BYTES
         if loop.lane == 0:
-            write_note(note, piece, head_kv, seq_q)
+            write_note(note, piece, splits, head_kv, seq_q)
         keys.bounds = (rows.begin, rows.end)
         # what the rows of this tile see
         first = cutlass.max(first, divide(rows.begin, plan.tile_n))
@@ -186,8 +188,8 @@ class FlashAttentionDecodeSm80:
             pages = loop.first_pages(first + warp, plan.num_warps)
         loop.run(rows, pages, first + warp, plan.num_warps, count, modifiers)
         cute.arch.sync_warp()
-        tile = RowTile.from_note(self, mQ, note, heads)
-        Merge(self, loop, tile, shared, warp, modifiers).run(mO, mLSE, partials)
+        tile, splits = RowTile.from_note(self, mQ, note, heads)
+        Merge(self, loop, tile, splits, shared, warp, modifiers).run(mO, mLSE, partials)
 
 
 class FlashAttentionDecodeSm120(FlashAttentionDecodeSm80):
