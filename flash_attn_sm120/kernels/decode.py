@@ -179,7 +179,7 @@ class FlashAttentionDecodeSm80:
         note = shared + self.memory.note_offset + warp * NOTE_BYTES
         if loop.lane == 0:
             write_note(note, piece, splits, head_kv, seq_q)
-        keys.bounds = (rows.begin, rows.end)
+        keys.bounds = (None if starts_at_first(problem) else rows.begin, rows.end)
         # what the rows of this tile see
         first = cutlass.max(first, divide(rows.begin, plan.tile_n))
         end = cutlass.min(end, divide(rows.end + plan.tile_n - 1, plan.tile_n))
