@@ -49,6 +49,9 @@ DECODE_FP8_SPLIT_TILES = (
 )
 
 
+NOTE_BYTES = 32  # of a warp
+
+
 def decode_row(problem: AttentionProblem) -> DecodeRow:
     if problem.kv_dtype:
         table = DECODE_FP8_SPLIT_TILES if problem.split else DECODE_FP8_TILES
@@ -63,7 +66,7 @@ class DecodeMemory:
 
     A warp's ring of `ring_bytes` holds `stages` tiles of K or V, and in the end its O in rows of staged_row_bytes; from
     q_offset on q_steps k steps of its Q, where registers don't hold all of them.
-    notes_offset: where each warp writes its statistics down, note_offset where the block writes its tile down.
+    notes_offset: where each warp writes its statistics down, note_offset where each writes the block's tile down.
     """
 
     columns_k: int
@@ -95,5 +98,6 @@ def decode_memory(problem: AttentionProblem, tile_m: int, tile_n: int, num_warps
     ring_bytes = q_offset + q_steps * tile_m * 32
     notes = num_warps * ring_bytes
     note = notes + num_warps * tile_m * 8
+    end = note + num_warps * NOTE_BYTES
     columns = (columns_k, columns_v, columns_out)
-    return DecodeMemory(*columns, staged_row_bytes, q_offset, q_steps, ring_bytes, notes, note, note + 32)
+    return DecodeMemory(*columns, staged_row_bytes, q_offset, q_steps, ring_bytes, notes, note, end)

@@ -48,6 +48,7 @@ class Case:
     num_splits: int = 1
     lse: bool = True
     shared_pages: bool = False
+    row_sizes: bool = False  # rows of q differ by powers of two
 
     @property
     def dv(self) -> int:
@@ -96,6 +97,9 @@ def make(case: Case, device="cpu") -> Inputs:
     randn = lambda *shape: torch.randn(shape, device=device)  # noqa: E731
     narrow = FP8.get(case.kv_dtype, dtype)
     q = [randn(n, heads, case.head_dim).to(dtype) for n in case.lengths_q]
+    if case.row_sizes:
+        q = [part * 2.0 ** torch.randint(-20, 4, (*part.shape[:-1], 1), device=device) for part in q]
+        q = [part.to(dtype) for part in q]
     k = [randn(n, case.heads_kv, case.head_dim).to(narrow) for n in local_k]
     v = [randn(n, case.heads_kv, case.dv).to(narrow) for n in local_k]
 

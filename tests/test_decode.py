@@ -47,9 +47,12 @@ CASES = {
     "e4m3, head_dim 64": Case([2, 2], [150, 33], kv_dtype="float8_e4m3fn", head_dim=64, **PAGED),
     "e4m3, head_dim 80": Case([2, 2], [150, 33], kv_dtype="float8_e4m3fn", head_dim=80, mask="causal"),
     "e5m2, head_dim 192, 128": Case([2], [90], kv_dtype="float8_e5m2", head_dim=192, head_dim_v=128),
+    "e4m3, rows of all sizes": Case([5, 5], [150, 33], group=8, row_sizes=True, kv_dtype="float8_e4m3fn", **PAGED),
     "e4m3, head_dim 256": Case([2, 2], [90, 33], kv_dtype="float8_e4m3fn", head_dim=256, mask="causal"),
 }
 SPLIT = {
+    "33 sequences": Case([1] * 33, [3] * 32 + [600], heads_kv=1, group=1, head_dim=64, page_size=16),
+    "e4m3, rows of all sizes": Case([5], [600], group=8, row_sizes=True, kv_dtype="float8_e4m3fn", **PAGED),
     "uneven": Case([1, 1, 1], [900, 0, 33], page_size=16),
     "packed": Case([3, 0, 7, 1], [160, 30, 5, 700], mask="causal", packed_q=True),
     "two tiles of rows": Case([16], [500], group=4, heads_kv=1, **PAGED),
@@ -95,6 +98,21 @@ def test_split(case, num_splits, device):
     check(case, inputs)
     used = (~inputs.partials.lse.isnan()).flatten(1).any(1).sum().item()
     assert used > 1, "nothing was split"
+
+
+def test_more_parts_than_lanes(device):
+    case = Case([1], [2400], heads_kv=1, group=2, head_dim=192, num_splits=40)
+    inputs = run(case, device)
+    check(case, inputs)
+    used = (~inputs.partials.lse.isnan()).flatten(1).any(1).sum().item()
+    assert used > 32
+
+
+@pytest.mark.parametrize("num_splits", [1, 3])
+def test_room_behind_the_only_sequence(num_splits, device):
+    """More blocks than it has tiles of rows; make leaves rows that no sequence names."""
+    case = Case([1], [500], group=16, packed_q=True, mask="causal", num_splits=num_splits)
+    check(case, run(case, device))
 
 
 def test_split_agrees_with_whole(device):

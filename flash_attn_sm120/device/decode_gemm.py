@@ -9,6 +9,7 @@ from cutlass import Float32, Int32, Int64, cute
 
 from flash_attn_sm120.device.gemm import pv_product
 from flash_attn_sm120.device.ptx import load_global_b32, load_shared_v4, mma_m16n8k16, store_shared_v4
+from flash_attn_sm120.device.rows import VisibleRows
 
 MIN_CHAINS = 4  # of products that wait for one another, so that mma.sync's latency overlaps
 
@@ -45,11 +46,11 @@ class ScoreSum:
 class HeldQ:
     """Q as A operands: in registers, but for the first k steps where those would be too few.
 
-    shared: where the lanes keep these, each its own.
+    ring: of the warp, behind whose tiles the lanes keep these, each its own.
     """
 
-    def __init__(self, config, lane: Int32, shared: Int32):
-        self.q_steps, self.shared_q = config.memory.q_steps, shared + lane * 16
+    def __init__(self, config, lane: Int32, ring: Int32):
+        self.q_steps, self.shared_q = config.memory.q_steps, ring + config.memory.q_offset + lane * 16
 
     def keep(self, tSrQ: list) -> list:
         """tSrQ [k step][m] -> A operand; what take wants."""
@@ -74,15 +75,19 @@ class Keys16(HeldQ):
 
     columns_together = 2  # of a lane's columns of O
 
-    def __init__(self, config, lane: Int32, shared: Int32):
-        super().__init__(config, lane, shared)
+    def __init__(self, config, lane: Int32, shared: Int32, ring: Int32):
+        super().__init__(config, lane, ring)
         self.config, self.lane, self.dtype = config, lane, config.dtype
         self.quad = lane % 4
 
-    def load_q(self, rows: list[Int64]) -> list:
-        """Starts the loads of the thread's rows, of which `rows` are the addresses. tSrQ [k step][m] -> A operand;
-        columns that don't exist are 0."""
+    def load_q(self, tile: VisibleRows) -> None:
+        """Nothing: the first K and V are asked for first, as so many loads of Q would hold them up."""
+
+    def prepare_q(self, tile: VisibleRows, loaded: None) -> list:
+        """Starts the loads of the thread's rows: tSrQ [k step][m] -> A operand, as scores takes it; columns that don't
+        exist are 0."""
         head_dim, tSrQ = self.config.problem.head_dim, []
+        rows = [tile.q_address(row) for row in tile.own_rows]
         for col in range(0, self.config.layout_k.cols, 16):
             step = []
             for m in range(len(rows) // 2):
@@ -95,10 +100,6 @@ class Keys16(HeldQ):
                     ]
                 )
             tSrQ.append(step)
-        return tSrQ
-
-    def prepare_q(self, tSrQ: list) -> list:
-        """What load_q gave, as scores takes it; this is where its loads are waited for."""
         return self.keep(tSrQ)
 
     def scores(self, tSrQ: list, shared: Int32, tSrS: cute.Tensor) -> None:

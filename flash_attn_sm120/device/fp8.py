@@ -14,15 +14,21 @@ from cutlass import Float32, Int32, Int64, cute
 
 from flash_attn_sm120.device.decode_gemm import HeldQ, ScoreSum
 from flash_attn_sm120.device.ptx import (
+    absolute,
     byte_permute,
     fp8_to_f16,
     load_global_v4_if,
+    load_shared_b32,
     load_shared_v2,
     load_shared_v4,
     mma_m16n8k16,
     pack_pair,
+    store_shared_f32,
+    store_shared_v4,
 )
-from flash_attn_sm120.device.softmax import quad_reduce
+from flash_attn_sm120.device.rows import VisibleRows
+from flash_attn_sm120.device.softmax import tree_reduce
+from flash_attn_sm120.device.tile import VECTOR
 
 KINDS = {"float8_e4m3fn": "e4m3", "float8_e5m2": "e5m2"}
 TOP_EXPONENT = 14  # of the largest element of a row of Q in f16; its own largest is 15
@@ -42,63 +48,114 @@ def f16_scale(largest: Float32) -> tuple[Float32, Float32]:
     return up, ((exponent - TOP_EXPONENT) << 23).bitcast(Float32)
 
 
+class SharedQ:
+    """Q on its way to f16 A operands that fit Keys8: every thread of a block loads and converts a part of it, in units
+    of the 16 bytes that a lane takes side by side, and all warps read all of it.
+
+    It lies where the first warp's last tile will lie, so that warps wait for one another before and after they read.
+    """
+
+    sharers = 16  # threads of a row
+
+    def __init__(self, config, lane: Int32, shared: Int32):
+        memory, plan = config.memory, config.plan
+        self.config, self.lane = config, lane
+        self.shared = shared + (plan.stages - 1) * config.slot_bytes
+        self.scales = shared + memory.notes_offset  # unused until the end
+        self.rows_at_once = 32 * plan.num_warps // self.sharers
+        self.units = config.layout_k.cols * 2 // VECTOR  # of a row
+        assert plan.tile_m % self.rows_at_once == 0
+        assert (plan.stages - 1) * config.slot_bytes + plan.tile_m * self.units * 16 <= memory.q_offset
+
+    def _own(self) -> tuple[list[Int32], list[Int32]]:
+        """The thread's rows of the tile, and its units of each."""
+        thread, _, _ = cute.arch.thread_idx()
+        rows = [thread // self.sharers + first for first in range(0, self.config.plan.tile_m, self.rows_at_once)]
+        return rows, [thread % self.sharers + first for first in range(0, self.units, self.sharers)]
+
+    def load(self, tile: VisibleRows) -> list:
+        """[row][unit] -> four pairs of columns; rows and columns that don't exist are 0."""
+        rows, units = self._own()
+        inside = [unit * VECTOR < self.config.problem.head_dim for unit in units]
+        loaded = []
+        for row in rows:
+            exists, places = tile.exists(row), [tile.q_address(row) + Int64(unit * 16) for unit in units]
+            loaded.append(
+                [load_global_v4_if(place, Int32(exists & own)) for place, own in zip(places, inside, strict=True)]
+            )
+        return loaded
+
+    def take(self, loaded: list) -> tuple[list, list[Float32] | None]:
+        """([k step][row] -> two pairs of columns of the lane's rows, what scores of each have to be multiplied by)."""
+        scaled = self.config.problem.dtype == "bfloat16"
+        for row, pieces in zip(self._own()[0], loaded, strict=True):
+            self._store(row, self._to_f16(row, pieces) if scaled else pieces)
+        cute.arch.sync_threads()
+        words, rows = [], self.config.plan.tile_m // 8
+        for piece in range(self.units // 4):
+            pairs = [load_shared_v4(self._place(piece, r, self.lane)) for r in range(rows)]
+            words += [[row[two : two + 2] for row in pairs] for two in (0, 2)]
+        places = [self.scales + (8 * r + self.lane // 4) * 4 for r in range(rows)]
+        scales = [load_shared_b32(place).bitcast(Float32) for place in places] if scaled else None
+        cute.arch.sync_threads()
+        return words, scales
+
+    def _place(self, piece: int | Int32, r: int | Int32, lane: Int32) -> Int32:
+        """Of a piece of a lane's row r."""
+        return self.shared + (piece * (self.config.plan.tile_m // 8) + r) * 512 + lane * 16
+
+    @cute.jit
+    def _store(self, row: Int32, pieces: cutlass.Constexpr):
+        together = self.config.layout_k.units // 2  # a lane's pieces of a chunk
+        for unit, pairs in zip(self._own()[1], pieces, strict=True):
+            if unit < self.units:
+                lanes = unit // together  # chunk and quad
+                piece = lanes // 4 * together + unit % together
+                store_shared_v4(self._place(piece, row // 8, row % 8 * 4 + lanes % 4), pairs)
+
+    @cute.jit
+    def _to_f16(self, row: Int32, pieces: cutlass.Constexpr) -> list:
+        """Pairs of bf16 of a row become pairs of f16."""
+        values = [[floats(pair) for pair in pairs] for pairs in pieces]
+        own = [absolute(value) for pairs in values for pair in pairs for value in pair]
+        largest = tree_reduce(own, cute.arch.fmax)
+        for step in range(self.sharers.bit_length() - 1):
+            largest = cute.arch.fmax(largest, cute.arch.shuffle_sync_bfly(largest, offset=1 << step))
+        up, down = f16_scale(largest)
+        thread, _, _ = cute.arch.thread_idx()
+        if thread % self.sharers == 0:
+            store_shared_f32(self.scales + row * 4, [down])
+        return [[pack_pair(low * up, high * up, "f16") for low, high in pairs] for pairs in values]
+
+
 class Keys8(HeldQ):
     """K and V of 8 bits. layouts: of 16-bit elements, two columns each; chunks of 128 or 64 bytes."""
 
     columns_together = 4
 
-    def __init__(self, config, lane: Int32, shared: Int32):
-        super().__init__(config, lane, shared)
+    def __init__(self, config, lane: Int32, shared: Int32, ring: Int32):
+        super().__init__(config, lane, ring)
         self.config, self.lane, self.kind = config, lane, KINDS[config.problem.kv_dtype]
         self.group, self.quad = lane // 4, lane % 4
+        self.spread_q = SharedQ(config, lane, shared)
         self.scales = None
 
     def _units(self, layout) -> int:
         """16-byte units of a row of K that a lane reads in a chunk."""
         return layout.units // 4
 
-    def load_q(self, rows: list[Int64]) -> list:
-        """Starts the loads of the thread's rows, of which `rows` are the addresses: [k step][row] -> two pairs of
-        columns; those that don't exist are 0."""
-        problem, layout = self.config.problem, self.config.layout_k
-        units = self._units(layout)
-        words = []
-        for chunk in range(layout.chunks):
-            for unit in range(units):
-                own = chunk * layout.row_bytes + (self.quad * units + unit) * 16
-                for first in (0, 8):
-                    loaded = [self._eight(row, own + first, problem.head_dim) for row in rows]
-                    words += [[pairs[two : two + 2] for pairs in loaded] for two in (0, 2)]
-        return words
+    def load_q(self, tile: VisibleRows) -> list:
+        """Starts the thread's loads of Q, before those of K and V, which they would queue behind."""
+        return self.spread_q.load(tile)
 
-    def prepare_q(self, words: list) -> list:
-        """What load_q gave as tSrQ [k step][m] -> A operand of f16."""
-        rows = len(words[0])
-        if self.config.problem.dtype == "bfloat16":
-            self.scales = [self._to_f16(words, r) for r in range(rows)]
+    def prepare_q(self, tile: VisibleRows, loaded: list) -> list:
+        """What all threads have loaded as tSrQ [k step][m] -> A operand of f16. All threads of the block come here."""
+        words, self.scales = self.spread_q.take(loaded)
         tSrQ = [
-            [[step[2 * m + half][right] for right in range(2) for half in range(2)] for m in range(rows // 2)]
+            [[step[2 * m + half][right] for right in range(2) for half in range(2)] for m in range(len(step) // 2)]
             for step in words
         ]
         return self.keep(tSrQ)
-
-    def _eight(self, row: Int64, col: Int32, head_dim: int) -> list[Int32]:
-        """Columns col to col + 7 of a row of Q, in pairs; head_dim is a multiple of 16."""
-        padded = self.config.layout_k.cols * 2 > head_dim
-        return load_global_v4_if(row + Int64(col * 2), Int32(col < head_dim) if padded else Int32(1))
-
-    def _to_f16(self, words: list, r: int) -> Float32:
-        """Pairs of bf16 of row r become pairs of f16; returns what scores of the row have to be multiplied by."""
-        values = [[floats(pair) for pair in step[r]] for step in words]
-        largest = Float32(0.0)
-        for low, high in (pair for step in values for pair in step):
-            for value in (low, high):
-                largest = cute.arch.fmax(largest, cute.arch.fmax(value, -value))
-        largest = quad_reduce(largest, cute.arch.fmax)
-        up, down = f16_scale(largest)
-        for step, pairs in zip(words, values, strict=True):
-            step[r] = [pack_pair(low * up, high * up, "f16") for low, high in pairs]
-        return down
 
     def scores(self, tSrQ: list, shared: Int32, tSrS: cute.Tensor) -> None:
         """tSrS = Q K^T"""

@@ -40,13 +40,14 @@ class DecodeSoftmax(OnlineSoftmax):
 class DecodeLoop:
     """A warp's way through its granules: first, first + step, ..., `count` of them."""
 
-    def __init__(self, config, keys: KeysAndValues, shared: Int32, score_scale: Float32, numbers):
+    def __init__(self, config, keys: KeysAndValues, shared: Int32, warp: Int32, score_scale: Float32, numbers):
+        """shared: of the block."""
         problem, plan = config.problem, config.plan
         self.config, self.rows, self.keys, self.numbers = config, None, keys, numbers
         self.lane = cute.arch.lane_idx()
-        self.shared = shared
+        self.shared = shared + warp * config.memory.ring_bytes
         self.ahead = plan.stages - 1
-        self.operands = config.operands(self.lane, shared)
+        self.operands = config.operands(self.lane, shared, self.shared)
         own_rows = plan.tile_m // 8
         self.scales = [score_scale] * own_rows
         scales = [Float32(1.0)] * own_rows if problem.softcap or problem.alibi else self.scales
@@ -75,11 +76,12 @@ class DecodeLoop:
     ):
         """pages: first_pages(first, step)."""
         self.rows = rows
+        loaded_q = self.operands.load_q(rows)
         if count > 0:
-            loaded_q = self.operands.load_q(self.rows.q_addresses())  # before K and V, which it would queue behind
             self.start(pages, first, step, count)
+        tSrQ = self.operands.prepare_q(rows, loaded_q)  # for which warps without granules are needed too
+        if count > 0:
             self.rows.prepare(modifiers)
-            tSrQ = self.operands.prepare_q(loaded_q)
             for i in cutlass.range(count, unroll=1):
                 self.granule(first, step, i, count, tSrQ)
             cute.arch.cp_async_wait_group(0)

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import cutlass
 from cutlass import Int32, cute
 
+from flash_attn_sm120.device.ptx import warp_sum
 from flash_attn_sm120.device.seqlen import divide
 
 WHOLE = 1 << 30  # granules of a part: all that a sequence can have
@@ -19,12 +20,11 @@ WHOLE = 1 << 30  # granules of a part: all that a sequence can have
 
 @dataclass(frozen=True)
 class Piece:
-    """splits: how many parts the sequence has, >= 1; chunk: granules of a part. valid False: nothing to do."""
+    """split: number of the part; chunk: granules of a part. valid False: nothing to do."""
 
     batch: Int32
     m_block: Int32
     split: Int32
-    splits: Int32
     chunk: Int32
     valid: cutlass.Boolean
 
@@ -37,13 +37,6 @@ def rounded_up(granules: Int32, unit: int) -> Int32:
 def parts(granules: Int32, chunk: Int32) -> Int32:
     """A sequence without keys has one part too, which writes that there are none."""
     return cutlass.max(divide(granules + chunk - 1, chunk), Int32(1))
-
-
-@cute.jit
-def warp_sum(value: Int32) -> Int32:
-    for step in cutlass.range_constexpr(5):
-        value = value + cute.arch.shuffle_sync_bfly(value, offset=1 << step)
-    return value
 
 
 @cute.jit
@@ -81,59 +74,60 @@ def find_piece(
 ) -> Piece:
     """The piece number `index`. extent(b) -> (m_blocks, granules) of a sequence; cut: None leaves sequences whole."""
     m_blocks, granules = extent(Int32(0))
-    chunk = chunk_of(cut, m_blocks * granules, granules)
-    splits = parts(granules, chunk)
-    owner, before = Int32(-1), Int32(0)
-    if batch == 1:
-        if index < m_blocks * splits:
-            owner = Int32(0)
-    else:
-        owner, m_blocks, splits, chunk, before = owner_of(extent, cut, index, batch, lane)
-    return _piece(index, owner, m_blocks, splits, before, chunk)
-
-
-@cute.jit
-def _piece(index: Int32, owner: Int32, m_blocks: Int32, splits: Int32, before: Int32, chunk: Int32) -> Piece:
+    own = extent(cutlass.min(lane, batch - 1))  # here, so that its loads and those of sequence 0 are waited for once
+    owner, before, chunk = Int32(0), Int32(0), chunk_of(cut, m_blocks * granules, granules)
+    if batch > 1:
+        owner, m_blocks, chunk, before = owner_of(extent, cut, index, batch, lane, *own)
     split, m_block = index - before, Int32(0)
     if m_blocks > 1:
         within = split
         split = divide(within, m_blocks)
         m_block = within - split * m_blocks
-    return Piece(owner, m_block, split, splits, chunk, owner >= 0)
+    valid = owner >= 0
+    if batch == 1:
+        valid = (split == 0) & (m_blocks > 0)
+        if cutlass.const_expr(cut is not None):  # a sequence without rows has no granules
+            valid = valid | (split * chunk < granules)  # not counting the parts spares a division
+    return Piece(owner, m_block, split, chunk, valid)
 
 
 @cute.jit
-def owner_of(extent: cutlass.Constexpr[Callable], cut: cutlass.Constexpr, index: Int32, batch: Int32, lane: Int32):
-    """(sequence, its m_blocks, its parts, their granules, pieces before it) for the piece number `index`: sequences one
+def owner_of(
+    extent: cutlass.Constexpr[Callable],
+    cut: cutlass.Constexpr,
+    index: Int32,
+    batch: Int32,
+    lane: Int32,
+    m_blocks: Int32,
+    granules: Int32,
+):
+    """(sequence, its m_blocks, granules of its parts, pieces before it) for the piece number `index`: sequences one
     behind the other, in a sequence part after part, in a part its m_blocks; sequence -1 past the last piece.
 
-    Every warp looks at 32 sequences at a time.
+    Every warp looks at 32 sequences at a time; m_blocks, granules: of the lane's among the first 32.
     """
-    work = Int32(0)
-    for first in cutlass.range(0, batch, 32, unroll=1):
+    work = cutlass.select_(lane < batch, m_blocks * granules, Int32(0))
+    for first in cutlass.range(32, batch, 32, unroll=1):
         if first + lane < batch:
-            m_blocks, granules = extent(first + lane)
-            work = work + m_blocks * granules
+            own_blocks, own_granules = extent(first + lane)
+            work = work + own_blocks * own_granules
     work = warp_sum(work)
-    found_batch, found_before, found_chunk = Int32(-1), Int32(0), Int32(1)
-    found_blocks, found_splits = Int32(1), Int32(1)
+    found_batch, found_before, found_chunk, found_blocks = Int32(-1), Int32(0), Int32(1), Int32(1)
     before, first = Int32(0), Int32(0)
     while first < batch and found_batch < 0:
         mine = first + lane
-        m_blocks, splits, chunk = Int32(0), Int32(0), Int32(1)
-        if mine < batch:
+        if first > 0 and mine < batch:
             m_blocks, granules = extent(mine)
-            chunk = chunk_of(cut, work, granules)
-            splits = parts(granules, chunk)
-        end = before_and_own(m_blocks * splits, lane)
+        chunk = chunk_of(cut, work, granules)
+        own = cutlass.select_(mine < batch, m_blocks * parts(granules, chunk), Int32(0))
+        end = before_and_own(own, lane)
         holders = cute.arch.vote_ballot_sync(before + end > index)
         if holders != 0:
             owner = cute.arch.popc(~holders & (holders - 1))
             found_batch = first + owner
             found_blocks = cute.arch.shuffle_sync(m_blocks, owner)
-            found_splits = cute.arch.shuffle_sync(splits, owner)
             found_chunk = cute.arch.shuffle_sync(chunk, owner)
-            found_before = before + cute.arch.shuffle_sync(end, owner) - found_blocks * found_splits
+            found_before = before + cute.arch.shuffle_sync(end - own, owner)
         before = before + cute.arch.shuffle_sync(end, 31)
         first = first + 32
-    return found_batch, found_blocks, found_splits, found_chunk, found_before
+    return found_batch, found_blocks, found_chunk, found_before

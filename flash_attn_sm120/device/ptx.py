@@ -315,6 +315,14 @@ def store_global_v4_f32(glob: Int64, values: Sequence[Float32], *, loc=None, ip=
 
 
 @dsl_user_op
+def warp_sum(value: Int32, *, loc=None, ip=None) -> Int32:
+    """Of all lanes of a warp, in each of them."""
+    operand = Int32(value).ir_value(loc=loc, ip=ip)
+    text = "redux.sync.add.s32 $0, $1, 0xffffffff;"
+    return Int32(_asm(T.i32(), [operand], text, "=r,r", volatile=True, loc=loc, ip=ip))
+
+
+@dsl_user_op
 def byte_permute(a: Int32, b: Int32, selector: int, *, loc=None, ip=None) -> Int32:
     """Each nibble of the selector, from the lowest, names a byte of the result: 0 to 3 of a, 4 to 7 of b."""
     operands = [Int32(x).ir_value(loc=loc, ip=ip) for x in (a, b)]

@@ -28,9 +28,10 @@ class Heads(NamedTuple):
         return Int32((Float32(row) + 0.5) * self.reciprocal)
 
 
-def write_note(shared: Int32, piece: Piece, head_kv: Int32, seq_q: Sequence) -> None:
-    """Keeps a tile in shared memory, so that no register holds it through the main loop."""
-    store_shared_v4(shared, (piece.batch, piece.m_block, piece.split, piece.splits))
+def write_note(shared: Int32, piece: Piece, splits: Int32, head_kv: Int32, seq_q: Sequence) -> None:
+    """Keeps a tile in shared memory, so that no register holds it through the main loop. splits: how many parts the
+    sequence has."""
+    store_shared_v4(shared, (piece.batch, piece.m_block, piece.split, splits))
     store_shared_v4(shared + 16, (head_kv, seq_q.start, seq_q.length, seq_q.room))
 
 
@@ -44,13 +45,13 @@ class RowTile:
         self.rows_left = seq_q.room * heads.per_kv - self.first_row
 
     @staticmethod
-    def from_note(config, mQ: cute.Tensor, shared: Int32, heads: Heads) -> RowTile:
-        """As write_note has kept it."""
+    def from_note(config, mQ: cute.Tensor, shared: Int32, heads: Heads) -> tuple[RowTile, Int32]:
+        """(The tile, the splits) as write_note has kept them."""
         batch, m_block, split, splits = load_shared_v4(shared)
         head_kv, start, length, room = load_shared_v4(shared + 16)
         seq_q = Sequence(start, Int32(0) if config.problem.packed_q else batch, length, room)
-        piece = Piece(batch, m_block, split, splits, Int32(0), cutlass.Boolean(True))
-        return RowTile(config, mQ, seq_q, piece, head_kv, heads)
+        piece = Piece(batch, m_block, split, Int32(0), cutlass.Boolean(True))
+        return RowTile(config, mQ, seq_q, piece, head_kv, heads), splits
 
     def existing(self, row: Int32) -> Int32:
         """Row `row` of the tile in the sequence; those beyond the last are copies of it, never stored."""
@@ -133,9 +134,11 @@ class VisibleRows(RowTile):
         bounds = visible_columns(self.config.problem, position, self.seqlen_k, self.total_k, self.numbers)
         return Int32(bounds[0]), Int32(bounds[1])
 
-    def q_addresses(self) -> list[Int64]:
-        """Of the thread's rows."""
-        return [self._address(self.mQ, self.seq_q, *self.place(self.existing(row))) for row in self.own_rows]
+    def q_address(self, row: Int32) -> Int64:
+        return self._address(self.mQ, self.seq_q, *self.place(self.existing(row)))
+
+    def exists(self, row: Int32) -> cutlass.Boolean:
+        return cutlass.Boolean(self.first_row + row < self.seq_q.length * self.heads.per_kv)
 
     def mask(self, tSrS: cute.Tensor, first_col: Int32, lane: Int32) -> None:
         """Scores of columns that a row doesn't see become -inf."""

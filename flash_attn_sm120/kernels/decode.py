@@ -12,12 +12,13 @@ import cutlass
 from cutlass import Boolean, Float32, Int32, cute
 
 from flash_attn_sm120.arguments import Lengths, Modifiers, Numbers, Partials
+from flash_attn_sm120.decode_plan import NOTE_BYTES
 from flash_attn_sm120.device.decode_gemm import Keys16
 from flash_attn_sm120.device.fp8 import Keys8
 from flash_attn_sm120.device.mainloop_decode import DecodeLoop
 from flash_attn_sm120.device.merge import Merge
 from flash_attn_sm120.device.paged_kv import KeysAndValues, prefetch_table
-from flash_attn_sm120.device.pieces import WHOLE, Cut, Piece, find_piece
+from flash_attn_sm120.device.pieces import WHOLE, Cut, Piece, find_piece, parts
 from flash_attn_sm120.device.ptx import PTX_DTYPE, lane_anew
 from flash_attn_sm120.device.rows import Heads, RowTile, VisibleRows, write_note
 from flash_attn_sm120.device.seqlen import Sequence, divide, sequences
@@ -44,8 +45,9 @@ class FlashAttentionDecodeSm80:
         self.layout_v = TileLayout(plan.tile_n, self.memory.columns_v)
         self.slot_bytes = max(self.layout_k.bytes, self.layout_v.bytes)
 
-    def operands(self, lane: Int32, shared: Int32):
-        return (Keys8 if self.problem.kv_dtype else Keys16)(self, lane, shared + self.memory.q_offset)
+    def operands(self, lane: Int32, shared: Int32, ring: Int32):
+        """shared: of the block; ring: the warp's."""
+        return (Keys8 if self.problem.kv_dtype else Keys16)(self, lane, shared, ring)
 
     @cute.jit
     def __call__(
@@ -136,7 +138,7 @@ class FlashAttentionDecodeSm80:
         else:
             m_blocks = cute.ceil_div(mQ.shape[1] * heads.per_kv, plan.tile_m)
             owner = divide(index, m_blocks)
-            piece = Piece(owner, index - owner * m_blocks, Int32(0), Int32(1), Int32(WHOLE), Boolean(True))
+            piece = Piece(owner, index - owner * m_blocks, Int32(0), Int32(WHOLE), Boolean(True))
         return piece
 
     @cute.jit
@@ -160,23 +162,24 @@ class FlashAttentionDecodeSm80:
         shared = cute.arch.get_dyn_smem(cutlass.Uint8, alignment=1024).toint()
         seq_q, seq_k, total_k = sequences(problem, mQ, mK, lengths, piece.batch)
         first, end = self.granules(seq_q, seq_k.length, total_k, numbers)
+        splits = Int32(1)
         if cutlass.const_expr(problem.split):
+            splits = parts(cutlass.max(end - first, Int32(0)), piece.chunk)
             first = first + piece.split * piece.chunk
             end = cutlass.min(end, first + piece.chunk)
         scale = numbers.softmax_scale
         if cutlass.const_expr(problem.k_descale):
             scale = scale * modifiers.k_descale[piece.batch, head_kv]
         keys = KeysAndValues(self, mK, mV, piece.batch, seq_k, head_kv, lengths, lane_anew)
-        loop = DecodeLoop(self, keys, shared + warp * self.memory.ring_bytes, scale, numbers)
+        loop = DecodeLoop(self, keys, shared, warp, scale, numbers)
         pages = []
         if cutlass.const_expr(starts_at_first(problem)):  # as early as can be: all else waits for them
             pages = loop.first_pages(first + warp, plan.num_warps)
         rows = VisibleRows(self, mQ, seq_q, piece, head_kv, heads, seq_k.length, total_k, numbers)
-        note = shared + self.memory.note_offset
-        thread, _, _ = cute.arch.thread_idx()
-        if thread == 0:
-            write_note(note, piece, head_kv, seq_q)
-        keys.bounds = (rows.begin, rows.end)
+        note = shared + self.memory.note_offset + warp * NOTE_BYTES
+        if loop.lane == 0:
+            write_note(note, piece, splits, head_kv, seq_q)
+        keys.bounds = (None if starts_at_first(problem) else rows.begin, rows.end)
         # what the rows of this tile see
         first = cutlass.max(first, divide(rows.begin, plan.tile_n))
         end = cutlass.min(end, divide(rows.end + plan.tile_n - 1, plan.tile_n))
@@ -184,9 +187,9 @@ class FlashAttentionDecodeSm80:
         if cutlass.const_expr(not starts_at_first(problem)):
             pages = loop.first_pages(first + warp, plan.num_warps)
         loop.run(rows, pages, first + warp, plan.num_warps, count, modifiers)
-        cute.arch.sync_threads()
-        tile = RowTile.from_note(self, mQ, note, heads)
-        Merge(self, loop, tile, shared, warp, modifiers).run(mO, mLSE, partials)
+        cute.arch.sync_warp()
+        tile, splits = RowTile.from_note(self, mQ, note, heads)
+        Merge(self, loop, tile, splits, shared, warp, modifiers).run(mO, mLSE, partials)
 
 
 class FlashAttentionDecodeSm120(FlashAttentionDecodeSm80):
