@@ -454,9 +454,8 @@ class ForwardTile:
     def make_dropper(self) -> Dropper:
         """Of the thread's rows."""
         thread = thread_anew()
-        first_row, head, batch, _ = load_shared_v4(self.note)
-        row = first_row + (thread >> 5) * self.config.warp_rows
-        return Dropper(self.modifiers.dropout, row, head, batch, thread % 32)
+        row = self.first_row + (thread >> 5) * self.config.warp_rows
+        return Dropper(self.modifiers.dropout, row, self.tile.head, self.tile.batch, thread % 32)
 
     def own_positions(self, at: Positions, thread: Int32) -> list[Int32]:
         """Of the thread's rows."""
