@@ -150,10 +150,11 @@ NARROW_TILES = tuple(
 )
 FORWARD_TILES = (
     *COMMON_TILES[:2],
-    replace(LARGEST, ways=("cp_async",), copying_warps=4, masks=("full", "causal")),
-    replace(LARGEST, ways=("page_boxes",), copying_warps=4),
+    replace(LARGEST, ways=("cp_async",), copying_warps=4, masks=("full", "causal"), modifiers=("dropout",)),
+    replace(LARGEST, ways=("page_boxes",), copying_warps=4, modifiers=("dropout",)),
     replace(LARGEST, ways=("fp8_boxes",), modifiers=("k_descale", "v_descale")),
     replace(LARGEST, ways=("tma",), modifiers=("block_sparse",)),
+    replace(LARGEST, ways=("tma",), modifiers=("dropout",)),
     *(row for rows in zip(FP8_TILES, COMMON_TILES[2:], strict=True) for row in rows),
     *NARROW_TILES,
 )

@@ -1,6 +1,7 @@
 """dropout_mask: which attention weights a seed keeps, in PyTorch and to the bit as the kernels do it; seeds and p.
 
-Source: Salmon et al., "Parallel Random Numbers: As Easy as 1, 2, 3" (2011): Philox 4x32, here with 7 rounds.
+Source: Salmon et al., "Parallel Random Numbers: As Easy as 1, 2, 3" (2011): Philox 4x32, here with 7 rounds, and six
+more without a key for the further words of a group.
 """
 
 from __future__ import annotations
@@ -15,14 +16,10 @@ if TYPE_CHECKING:
 MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 WEYL = (0x9E3779B9, 0xBB67AE85)
 ROUNDS = 7
-# A weight's number has a bit of each of the generator's four words, then one of each tail: the exclusive or of two
-# words once they are rotated. All bits of two weights' numbers are independent.
-ROTATIONS = (24, 8, 11, 16)
-TAILS = ((0, 1), (2, 3), (0, 2))
-OWN_BITS = len(ROTATIONS) + len(TAILS)
-MIX = 0x9E3779B9  # times the third word, plus the fourth: the group's number
+OWN_BITS = 7  # of a weight's number, each a bit of another random word
+MIX = 0x9E3779B9  # times the third word after ROUNDS, plus the fourth: the group's number
 WORD = 0xFFFFFFFF
-GROUP = 32  # weights
+SIDES = (32, 64)  # rows and columns of a strip; a group is its weights whose rows and pairs of columns agree modulo 8
 
 
 def thresholds(dropout_p: float) -> tuple[int, int]:
@@ -72,39 +69,52 @@ def kept(
     """A part of dropout_mask."""
     import torch
 
-    # rows of a group are 8 apart, columns two neighbours of each 8, in a square of 32
-    first, last = rows.start // 32, -(-rows.stop // 32)
-    groups = (range(8 * first, 8 * last), range(-(-seqlen_k // 32) * 4))
+    first, last = rows.start // SIDES[0], -(-rows.stop // SIDES[0])
+    groups = (range(first, last), range(8), range(-(-seqlen_k // SIDES[1])), range(4))
     axes = (torch.arange(axis.start, axis.stop, device=device) for axis in (batches, heads, *groups))
-    b, h, row, group = torch.meshgrid(*axes, indexing="ij")
-    dropped = compare(philox((group, row, h, b), key), dropout_p)
-    # a place is (column of a pair, 8s of rows, 16s of rows, 8s of columns)
-    places = torch.stack([dropped >> place & 1 == 0 for place in range(GROUP)], -1)
-    stays = places.unflatten(-1, (2, 2, 2, 4)).unflatten(3, (-1, 4)).unflatten(2, (-1, 8))
-    stays = stays.permute(0, 1, 2, 8, 7, 3, 4, 9, 5, 6).flatten(6).flatten(2, 5)
-    return stays[:, :, rows.start - 32 * first : rows.stop - 32 * first, :seqlen_k]
+    b, h, strip, row, column, pair = torch.meshgrid(*axes, indexing="ij")
+    dropped = torch.stack(compare(random_words((h, column, b, 32 * strip + 4 * row + pair), key), dropout_p), -1)
+    # a place is (column of a pair, 16s of columns, 16s of rows, 8s of rows, 8s of columns); halves are 32s of columns
+    places = torch.stack([dropped >> place & 1 == 0 for place in range(32)], -1).unflatten(-1, (2,) * 5)
+    stays = places.permute(0, 1, 2, 9, 10, 3, 4, 6, 8, 11, 5, 7).flatten(6).flatten(2, 5)
+    return stays[:, :, rows.start - SIDES[0] * first : rows.stop - SIDES[0] * first, :seqlen_k]
 
 
-def compare(words: tuple, dropout_p: float) -> torch.Tensor:
-    """Which weights of groups are dropped, a bit each; int64 tensors that hold 32 bits, as in philox."""
+def random_words(counter: tuple, key: tuple[int, int]) -> list:
+    """A group's: the bits of its first half's numbers, then of its second's, from the lowest up; int64 tensors that
+    hold 32 bits. From states after 7, 9, 11 and 13 rounds, as two that follow each other share bits."""
+    words = list(state := philox(counter, key))
+    for _ in range(3):
+        state = philox_round(philox_round(state))
+        words += state
+    return words[: 2 * OWN_BITS]
+
+
+def compare(words: list, dropout_p: float) -> list[torch.Tensor]:
+    """Which weights of groups' halves are dropped, a bit each; int64 tensors that hold 32 bits, as random_words."""
     whole, part = split_chance(dropout_p)
-    less = (words[2] * MIX + words[3] & WORD < part).long() * WORD
-    turned = [word << places & WORD | word >> 32 - places for word, places in zip(words, ROTATIONS, strict=True)]
-    numbers = [*words, *(turned[a] ^ turned[b] for a, b in TAILS)]
-    for i, word in enumerate(reversed(numbers)):
-        bit = WORD * (whole >> i & 1)
-        less = bit & ~word | ~(bit ^ word) & less
-    return less & WORD
+    borrow = (words[2] * MIX + words[3] & WORD < part).long() * WORD
+    halves = []
+    for first in (0, OWN_BITS):
+        less = borrow
+        for i, word in enumerate(words[first : first + OWN_BITS]):
+            bit = WORD * (whole >> i & 1)
+            less = bit & ~word | ~(bit ^ word) & less
+        halves.append(less & WORD)
+    return halves
 
 
 def philox(counter: tuple, key: tuple[int, int]) -> tuple:
     """Four words of counters, int64 tensors that hold 32 bits, to as many random ones."""
     for turn in range(ROUNDS):
-        products = [counter[2 * i] * MULTIPLIERS[i] for i in range(2)]
-        high, low = ([product >> shift & WORD for product in products] for shift in (32, 0))
-        keys = [word + turn * step & WORD for word, step in zip(key, WEYL, strict=True)]
-        counter = (high[1] ^ counter[1] ^ keys[0], low[1], high[0] ^ counter[3] ^ keys[1], low[0])
+        counter = philox_round(counter, *(word + turn * step & WORD for word, step in zip(key, WEYL, strict=True)))
     return counter
+
+
+def philox_round(words: tuple, first_key: int = 0, second_key: int = 0) -> tuple:
+    products = [words[2 * i] * MULTIPLIERS[i] for i in range(2)]
+    high, low = ([product >> shift & WORD for product in products] for shift in (32, 0))
+    return high[1] ^ words[1] ^ first_key, low[1], high[0] ^ words[3] ^ second_key, low[0]
 
 
 def check_dropout_p(value: Any) -> float:

@@ -8,7 +8,7 @@ from oracle import assert_right, ints, marks, rand
 from sparse_cases import random_blocks
 
 from flash_attn_sm120 import dropout_mask, flash_attn_func, flash_attn_varlen_func, reference
-from flash_attn_sm120.dropout import OWN_BITS, ROTATIONS, TAILS, philox, split_chance, thresholds
+from flash_attn_sm120.dropout import OWN_BITS, philox, random_words, split_chance, thresholds
 from flash_attn_sm120.problem import AttentionProblem
 
 BF16, FP16 = torch.bfloat16, torch.float16
@@ -16,27 +16,26 @@ SEED = 0xFEDCBA98_87654321  # the top bit of both words set
 WORD = 0xFFFFFFFF
 
 
-def philox_of_ints(counter, key, rounds=7):
-    """Philox 4x32 as the paper writes it, on Python's ints."""
+def philox_of_ints(counter, key, rounds=7, keyless=0):
+    """Philox 4x32 as the paper writes it, on Python's ints; keyless: rounds more, without a key."""
     a, b, c, d = counter
     k0, k1 = key
-    for _ in range(rounds):
+    for turn in range(rounds + keyless):
         high_0, low_0 = divmod(a * 0xD2511F53, 1 << 32)
         high_1, low_1 = divmod(c * 0xCD9E8D57, 1 << 32)
-        a, b, c, d = high_1 ^ b ^ k0, low_1, high_0 ^ d ^ k1, low_0
+        first, second = (k0, k1) if turn < rounds else (0, 0)
+        a, b, c, d = high_1 ^ b ^ first, low_1, high_0 ^ d ^ second, low_0
         k0, k1 = (k0 + 0x9E3779B9) & WORD, (k1 + 0xBB67AE85) & WORD
     return a, b, c, d
 
 
 def kept_by_hand(batch, head, row, column, p, seed):
-    group = (column // 32 * 4 + column % 8 // 2, row // 32 * 8 + row % 8)
-    words = philox_of_ints((*group, head, batch), (seed & WORD, seed >> 32))
-    place = column % 2 * 16 + row // 8 % 2 * 8 + row // 16 % 2 * 4 + column // 8 % 4
-    own = [word >> place & 1 for word in words]
-    # a bit of a word that is rotated to the left stood so much lower before
-    a, b, c, d = (word >> (place - r) % 32 & 1 for word, r in zip(words, (24, 8, 11, 16), strict=True))
-    number = int("".join(map(str, (*own, a ^ b, c ^ d, a ^ c))), 2)
-    groups = (words[2] * 0x9E3779B9 + words[3]) % 2**32
+    counter = (head, column // 64, batch, row // 32 * 32 + row % 8 * 4 + column % 8 // 2)
+    words = [philox_of_ints(counter, (seed & WORD, seed >> 32), keyless=more) for more in (0, 2, 4, 6)]
+    place = column % 2 * 16 + column // 16 % 2 * 8 + row // 16 % 2 * 4 + row // 8 % 2 * 2 + column // 8 % 2
+    groups = (words[0][2] * 0x9E3779B9 + words[0][3]) % 2**32
+    words = sum(words, ())[column // 32 % 2 * 7 :][:7]
+    number = sum((word >> place & 1) << i for i, word in enumerate(words))
     threshold, part = divmod(round(p * 2**39), 2**32)
     return number >= threshold + (groups < part)
 
@@ -77,21 +76,20 @@ def test_keep_rate(p, seed):
         assert off < 5 * math.sqrt(p * (1 - p) / counted.shape[1]), axis
 
 
-def test_bits_of_two_weights_are_independent():
-    """The bits of a weight's number are sums of bits of random words; those of two weights have full rank."""
-
-    def number(place):
-        words = [1 << 32 * word + place for word in range(4)]
-        turned = [1 << 32 * word + (place - by) % 32 for word, by in enumerate(ROTATIONS)]
-        return words + [turned[a] ^ turned[b] for a, b in TAILS]
-
-    for step in range(1, 32):
-        leading = {}
-        for row in number(0) + number(step):
-            while row and row.bit_length() in leading:
-                row ^= leading[row.bit_length()]
-            leading[row.bit_length()] = row
-        assert 0 not in leading and len(leading) == 2 * OWN_BITS, step
+@pytest.mark.parametrize("first, second", [(0, 0), (1, 1), (0, 1)])
+def test_bits_of_two_weights_are_independent(first, second):
+    """Between each two bits of two weights' numbers, and each two of one's, in any of a group's 64 places."""
+    count = 1 << 18
+    generator = torch.Generator().manual_seed(SEED)
+    counter = torch.randint(0, 1 << 32, (4, count), generator=generator)
+    words = torch.stack(random_words(tuple(counter), (1, 2)))
+    signs = (1 - 2 * (words[:, None] >> torch.arange(32)[:, None] & 1)).to(torch.int8)  # (word, place, count)
+    rows, columns = (signs[7 * half :][:7].flatten(0, 1).float() for half in (first, second))
+    sums = (rows @ columns.T).abs()
+    if first == second:
+        sums.fill_diagonal_(0)
+    assert sums.max().item() < 5.5 * math.sqrt(count)  # of 50000 pairs
+    assert rows.mean(1).abs().max().item() < 5 / math.sqrt(count)
 
 
 @pytest.mark.parametrize("p", [1e-12, 0.003, 0.1, 1 / 3, 0.5, 127 / 128, 1 - 2**-53])

@@ -1,9 +1,10 @@
 """Dropout of attention weights: which are kept follows from (seed, batch, head, row, column) and nothing else.
 
-Philox 4x32 with 7 rounds: key = seed, counter = (group of columns, group of rows, head, batch). A group is what a lane
-has of 32 x 32 accumulators of mma.sync. Bit j of each random word belongs to weight j of the group, so that all 32 are
-compared with the threshold at once, a bit of their numbers at a time. flash_attn_sm120/dropout.py says what a number
-consists of, and is the same in PyTorch.
+Philox 4x32 with 7 rounds: key = seed, counter = (head, strip of columns, batch, 32 * strip of rows + lane); strips have
+32 rows and 64 columns. A group is what a lane has of both strips' accumulators of mma.sync: two halves of 32 columns
+and 32 weights. Bit j of a random word belongs to weight j of a half, so that all 32 are compared with the threshold at
+once, a bit of their numbers at a time. flash_attn_sm120/dropout.py says which words those are, and is the same in
+PyTorch.
 Source: Salmon et al., "Parallel Random Numbers: As Easy as 1, 2, 3" (2011).
 """
 
@@ -16,18 +17,14 @@ import cutlass
 from cutlass import Int32, Uint32
 
 from flash_attn_sm120.arguments import Dropout
-from flash_attn_sm120.device.ptx import (
-    byte_permute,
-    multiply_wide,
-    rotate_left,
-    subtract_bits,
-    thread_anew,
-)
-from flash_attn_sm120.dropout import MIX, MULTIPLIERS, OWN_BITS, ROTATIONS, ROUNDS, TAILS, WEYL
+from flash_attn_sm120.device.ptx import fma_relu, multiply_wide, subtract_bits, thread_anew
+from flash_attn_sm120.dropout import MIX, MULTIPLIERS, OWN_BITS, ROUNDS, WEYL
 
-SIDE = 32  # rows and columns that the groups of a warp's lanes make up
-N_FRAGS = SIDE // 8
-SIGNS = (0xAA88, 0xBB99)  # for byte_permute, of each row half's two bytes: their signs, 16 times each
+STRIP = 6  # 2^6 columns
+HALF_FRAGS = 4  # blocks of 8 columns
+# By dtype: from bit 14 of a half word down, how many bits are numbers that `factor` makes larger than any weight before
+# it is normalised, 2^8; factor: the largest power of two there is, or the largest number, both negative and twice.
+ERASERS = {"bf16": (5, 0xFF00FF00), "f16": (2, 0xFBFFFBFF)}
 
 
 def _signed(value: int) -> int:
@@ -40,81 +37,100 @@ def round_keys(seed: tuple[Int32, Int32]) -> list[list[Int32]]:
     return [[word + _signed(turn * step) for word, step in zip(seed, WEYL, strict=True)] for turn in range(ROUNDS)]
 
 
-def common_part(keys: list, row: Int32, head: Int32, batch: Int32) -> tuple:
-    """Of the first two rounds, what doesn't depend on the column; for first_rounds."""
-    high_1, low_1 = multiply_wide(head, MULTIPLIERS[1])
-    high_0, low_0 = multiply_wide(high_1 ^ row ^ keys[0][0], MULTIPLIERS[0])
-    return batch ^ keys[0][1], low_1 ^ keys[1][0], high_0 ^ keys[1][1], low_0
+def common_part(keys: list, place: Int32, head: Int32, batch: Int32) -> tuple:
+    """Of the first two rounds, what doesn't depend on the column; for first_rounds. Of it, only the third word is the
+    lane's own."""
+    high_0, low_0 = multiply_wide(head, MULTIPLIERS[0])
+    high_1, low_1 = multiply_wide(batch, MULTIPLIERS[1])
+    return high_1 ^ keys[0][0], low_0 ^ keys[1][1], high_0 ^ place ^ keys[0][1], low_1 ^ keys[1][0]
 
 
-def first_rounds(col: Int32, common: tuple) -> tuple:
-    """The state after two rounds."""
-    high_0, low_0 = multiply_wide(col, MULTIPLIERS[0])
-    high_1, low_1 = multiply_wide(high_0 ^ common[0], MULTIPLIERS[1])
-    return high_1 ^ common[1], low_1, common[2] ^ low_0, common[3]
+def first_rounds(keys: list, strip: Int32, common: tuple) -> tuple:
+    """The state after three rounds. The lane's products and the column's, which all lanes share, meet in the third."""
+    high_1, low_1 = multiply_wide(common[2], MULTIPLIERS[1])
+    high_0, low_0 = multiply_wide(high_1 ^ common[3], MULTIPLIERS[0])
+    shared_0, shared_low_0 = multiply_wide(strip ^ common[0], MULTIPLIERS[0])
+    shared_1, shared_low_1 = multiply_wide(shared_0 ^ common[1], MULTIPLIERS[1])
+    return shared_1 ^ (low_1 ^ keys[2][0]), shared_low_1, shared_low_0 ^ (high_0 ^ keys[2][1]), low_0
 
 
-def draw(keys: list, common: tuple, chance: tuple[Int32, Int32], cols: list[Int32]) -> list[Int32]:
-    """Of each column's group: a bit is set where the weight is dropped. Side by side, as each waits for itself."""
-    states = [first_rounds(col, common) for col in cols]
-    for own in keys[2:]:
-        states = [philox_round(state, own) for state in states]
-    threshold, carry = chance
-    bits = [-(threshold >> i & 1) for i in range(OWN_BITS)]  # each in all places of a word; no lane's own
-    return [compare(state, bits, carry) for state in states]
+def philox_round(words: tuple, keys: list[Int32] | None = None) -> tuple:
+    high_0, low_0 = multiply_wide(words[0], MULTIPLIERS[0])
+    high_1, low_1 = multiply_wide(words[2], MULTIPLIERS[1])
+    first, second = high_1 ^ words[1], high_0 ^ words[3]
+    return first if keys is None else first ^ keys[0], low_1, second if keys is None else second ^ keys[1], low_0
 
 
-def philox_round(counter: tuple, keys: list[Int32]) -> tuple:
-    high_0, low_0 = multiply_wide(counter[0], MULTIPLIERS[0])
-    high_1, low_1 = multiply_wide(counter[2], MULTIPLIERS[1])
-    return high_1 ^ counter[1] ^ keys[0], low_1, high_0 ^ counter[3] ^ keys[1], low_0
+def random_words(keys: list, strip: Int32, common: tuple) -> list[Int32]:
+    """Of a group, as dropout.random_words."""
+    state = first_rounds(keys, strip, common)
+    for own in keys[3:]:
+        state = philox_round(state, own)
+    words = list(state)
+    for _ in range(3):
+        state = philox_round(philox_round(state))
+        words += state
+    return words[: 2 * OWN_BITS]
 
 
-def compare(words: tuple, threshold: list[Int32], carry: Int32) -> Int32:
-    """Which of a group's numbers are below the threshold, or below one more where the group's own number is below the
+def compare(words: list[Int32], threshold: list[Int32], carry: Int32) -> list[Int32]:
+    """Of each half, which numbers are below the threshold, or below one more where the group's own number is below the
     carry: a subtraction from the lowest bit up, of which only the borrow is kept."""
-    less = cutlass.select_(Uint32(words[2] * _signed(MIX) + words[3]) < Uint32(carry), Int32(-1), Int32(0))
-    turned = [rotate_left(word, places) for word, places in zip(words, ROTATIONS, strict=True)]
-    tails = [turned[a] ^ turned[b] for a, b in TAILS]
-    for bit, word in zip(threshold, reversed([*words, *tails]), strict=True):
-        less = subtract_bits(bit, word, less)
-    return less
+    borrow = cutlass.select_(Uint32(words[2] * _signed(MIX) + words[3]) < Uint32(carry), Int32(-1), Int32(0))
+    halves = []
+    for first in (0, OWN_BITS):
+        less = borrow
+        for bit, word in zip(threshold, words[first : first + OWN_BITS], strict=True):
+            less = subtract_bits(bit, word, less)
+        halves.append(less)
+    return halves
+
+
+def erase(pair: Int32, word: Int32, place: int, dtype: str) -> Int32:
+    """Two weights, 0 where bit `place` or 16 + place of the word is set: of each a power of two is left by an AND, and
+    an fma with relu takes its multiple off, as ANDs are what there is least room for."""
+    count, factor = ERASERS[dtype]
+    if place == 15:
+        word, place = word >> 1, 14
+    turn = (14 - place) // count * count
+    return fma_relu((word << turn) & (0x00010001 << place + turn), factor, pair, dtype)
 
 
 class Dropper:
-    """Drops weights of a thread's rows. What it holds is that of all blocks of the tile, so that a block's numbers take
-    no more instructions than they must; ptxas finds registers for it where O, S and Q leave some."""
+    """Drops weights of a thread's rows. What it holds is that of all blocks of the tile, but what the lane can find
+    anew: there are few registers."""
 
     def __init__(self, dropout: Dropout, first_row: Int32, head: Int32, batch: Int32, lane: Int32):
         """first_row: of the warp, a multiple of 16."""
         self.keys = round_keys((Int32(dropout.seed[0]), Int32(dropout.seed[1])))
-        self.common = common_part(self.keys, (first_row >> 5) * 8 + (lane >> 2), head, batch)
-        self.chance = (dropout.threshold, dropout.carry)
-        self.quad = lane & 3
+        self.common = common_part(self.keys, (first_row >> 5) * 32 + lane, head, batch)
+        # each bit in all places of a word; no lane's own
+        self.threshold = [-(dropout.threshold >> i & 1) for i in range(OWN_BITS)]
+        self.carry = dropout.carry
 
     def draw(self, first_col: Int32, m_frags: int, n_frags: int) -> list[Int32]:
-        """The groups that 16 m_frags rows and 8 n_frags columns have weights of. Those of a half are in the places of
-        the half that comes last."""
-        col = (first_col >> 5) * 4 + self.quad
-        cols = [col + 4 * i for i in range(-(-n_frags // N_FRAGS))]
-        found = draw(self.keys, self.common, self.chance, cols)
+        """Of each 32 columns from first_col on: a bit is set where the weight is dropped. The bits of fewer rows or
+        columns than a half has are in the places of those that come last."""
+        words = random_words(self.keys, first_col >> STRIP, self.common)
+        found = compare(words, self.threshold, self.carry)
+        if n_frags <= HALF_FRAGS:
+            found = [cutlass.select_((first_col & 32) == 0, *found)]
         if m_frags == 1:
             found = [word << (~thread_anew() >> 3 & 4) for word in found]  # by 4 in warps of an even number
-        if n_frags < N_FRAGS:
-            found = [word << 2 - (first_col & 16) // 8 for word in found]
+        if n_frags < HALF_FRAGS:
+            found = [word << 8 - (first_col & 16) // 2 for word in found]
         return found
 
-    def drop(self, tOrP: Iterable[list], first_col: Int32, m_frags: int, n_frags: int) -> Iterator[list]:
-        """What is left of P of a block from first_col on, a multiple of its columns, 16 keys at a time as
-        OnlineSoftmax.probabilities gives it. Column c of a pair and row half h of block (m, n) have bit
-        16 c + 8 h + 4 m + n of their group."""
-        found = self.draw(first_col, m_frags, n_frags)
-        for k, rows in enumerate(tOrP):
-            left = [list(pairs) for pairs in rows]
-            for n, m in itertools.product((2 * k, 2 * k + 1), range(m_frags)):
-                place = 4 * (m + 2 - m_frags) + n % N_FRAGS + max(N_FRAGS - n_frags, 0)
-                word = found[n // N_FRAGS] << 7 - place
-                for half, signs in enumerate(SIGNS):
-                    i = 2 * (n % 2) + half
-                    left[m][i] = left[m][i] & ~byte_permute(word, word, signs)
-            yield left
+
+def drop(found: list[Int32], tOrP: Iterable[list], m_frags: int, n_frags: int, dtype: str) -> Iterator[list]:
+    """What is left of P of a block, 16 keys at a time as OnlineSoftmax.probabilities gives it. found: as Dropper.draw
+    gives it. Column c of a pair and row half h of block (m, n) have bit
+    16 c + 8 (n / 2) + 4 m + 2 h + n % 2 of their half."""
+    for k, rows in enumerate(tOrP):
+        left = [list(pairs) for pairs in rows]
+        for n, m, half in itertools.product((2 * k, 2 * k + 1), range(m_frags), range(2)):
+            pair = 1 if n_frags < HALF_FRAGS else n % HALF_FRAGS // 2
+            place = 8 * pair + 4 * (m + 2 - m_frags) + 2 * half + n % 2
+            i = 2 * (n % 2) + half
+            left[m][i] = erase(left[m][i], found[n // HALF_FRAGS], place, dtype)
+        yield left

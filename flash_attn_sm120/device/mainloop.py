@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import cutlass
 from cutlass import Float32, Int32, Int64, cute
@@ -16,7 +16,7 @@ from cutlass import Float32, Int32, Int64, cute
 from flash_attn_sm120.arguments import Modifiers, Numbers
 from flash_attn_sm120.device.alibi import add_alibi
 from flash_attn_sm120.device.block_range import BlockRange
-from flash_attn_sm120.device.dropout import Dropper
+from flash_attn_sm120.device.dropout import Dropper, drop
 from flash_attn_sm120.device.epilogue import stage_output, store_lse, store_output
 from flash_attn_sm120.device.fp8_query import Q_SHIFT, load_query
 from flash_attn_sm120.device.fragments import accumulators
@@ -230,6 +230,7 @@ class ForwardTile:
         i, count = Int32(0), read_block_count(self.note)
         while i < self.count_anew(count):
             blocks, stage = read_blocks(self.note), self.stage(i)
+            self.find_q()
             stage.wait_for_k()
             self.visit(blocks, blocks.end - 1 - i, i)
             i = i + 1
@@ -287,7 +288,8 @@ class ForwardTile:
     @property
     def holds_q_place(self) -> bool:
         """Whether a register does."""
-        return True
+        plan = self.config.plan
+        return not (self.config.problem.dropout and self.fills_registers) or plan.q_in_registers
 
     @property
     def q_columns_kept(self) -> int:
@@ -384,8 +386,9 @@ class ForwardTile:
 
     def matrix_q(self) -> SharedMatrix:
         """The warp's rows."""
-        rows = self.q_rows if self.holds_q_place else self.q_rows_anew()
-        return self.config.layout_q.matrix(rows, self.lane)
+        if self.holds_q_place:
+            return self.config.layout_q.matrix(self.q_rows, self.lane)
+        return self.config.layout_q.matrix(self.q_rows_anew(), lane_anew())
 
     def accumulate(self, shared: Int32, n: Int32, i: Int32, masked: bool, modded: bool, place: Place | None) -> None:
         """place: for mods."""
@@ -399,14 +402,22 @@ class ForwardTile:
         if masked:
             self.mask(n)
         if config.problem.dropout:
-            self.softmax.follow(self.tSrS, self.tOrO)
-            tOrP = self.softmax.probabilities(self.tSrS, config.mma_dtype)
-            number = n if config.plan.q_in_registers else self.number_anew(i)  # else another register needs a stack
-            tOrP = self.dropper.drop(tOrP, number * config.plan.tile_n, *self.tSrS.shape[:2])
+            tOrP = self.dropped(n, i, masked)
         else:
             tOrP = self.softmax.update(self.tSrS, self.tOrO, config.mma_dtype)
         sV = config.layout_v.matrix(shared, self.lane, config.offset_v)
         pv_product(sV, tOrP, self.tOrO, config.mma_dtype)
+
+    def dropped(self, n: Int32, i: Int32, masked: bool) -> Iterator[list]:
+        """What is left of P of block n. Its numbers are drawn beside the maxima, where a mask and f16, which takes more
+        words to apply them, leave the registers for it."""
+        plan, dtype, shape = self.config.plan, self.config.mma_dtype, self.tSrS.shape[:2]
+        if not (plan.q_in_registers or self.fills_registers):  # else a stack is needed, here and there
+            n = self.number_anew(i)
+        found = None if masked and dtype == "f16" else self.dropper.draw(n * plan.tile_n, *shape)
+        self.softmax.follow(self.tSrS, self.tOrO)
+        found = found or self.dropper.draw(n * plan.tile_n, *shape)
+        return drop(found, self.softmax.probabilities(self.tSrS, dtype), *shape, dtype)
 
     def number_anew(self, i: Int32) -> Int32:
         """Of the i-th block, from memory, so that no register holds it through the products."""
@@ -444,9 +455,8 @@ class ForwardTile:
     def make_dropper(self) -> Dropper:
         """Of the thread's rows."""
         thread = thread_anew()
-        first_row, head, batch, _ = load_shared_v4(self.note)
-        row = first_row + (thread >> 5) * self.config.warp_rows
-        return Dropper(self.modifiers.dropout, row, head, batch, thread % 32)
+        row = self.first_row + (thread >> 5) * self.config.warp_rows
+        return Dropper(self.modifiers.dropout, row, self.tile.head, self.tile.batch, thread % 32)
 
     def own_positions(self, at: Positions, thread: Int32) -> list[Int32]:
         """Of the thread's rows."""

@@ -11,7 +11,6 @@ from cutlass import Int32, Int64, cute
 from flash_attn_sm120.device.block_range import BlockRange
 from flash_attn_sm120.device.mainloop import ForwardTile
 from flash_attn_sm120.device.ptx import (
-    lane_anew,
     load_global_b32_if,
     load_shared_b32,
     load_shared_v4,
@@ -19,7 +18,6 @@ from flash_attn_sm120.device.ptx import (
 )
 from flash_attn_sm120.device.scheduler import read_blocks
 from flash_attn_sm120.device.seqlen import clamp, divide
-from flash_attn_sm120.device.tile import SharedMatrix
 from flash_attn_sm120.dispatch import SECOND_NOTE_BYTES
 
 FIRST = 3  # tiles whose numbers are read at the start
@@ -206,11 +204,6 @@ class SparseTile(ForwardTile):
         """While the i-th block is worked on: whether the next is at an edge."""
         if self.at_edge is not None:  # in the mask list it makes no difference
             self.at_edge[0] = load_shared_b32(self.told_at(i + 1)) & EDGE
-
-    def matrix_q(self) -> SharedMatrix:
-        if self.holds_q_place:
-            return super().matrix_q()
-        return self.config.layout_q.matrix(self.q_rows_anew(), lane_anew())
 
     @property
     def holds_q_place(self) -> bool:

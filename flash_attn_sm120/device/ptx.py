@@ -331,19 +331,19 @@ def byte_permute(a: Int32, b: Int32, selector: int, *, loc=None, ip=None) -> Int
 
 
 @dsl_user_op
-def rotate_left(a: Int32, places: int, *, loc=None, ip=None) -> Int32:
-    """The bits that leave at the top come back at the bottom."""
-    operand = Int32(a).ir_value(loc=loc, ip=ip)
-    text = f"shf.l.wrap.b32 $0, $1, $1, {places};"
-    return Int32(_asm(T.i32(), [operand], text, "=r,r", volatile=False, loc=loc, ip=ip))
-
-
-@dsl_user_op
 def subtract_bits(a: Int32, b: Int32, borrow: Int32, *, loc=None, ip=None) -> Int32:
     """In each place whether b < a, or b <= a where `borrow` is set: the borrow of b - a, handed on bit by bit."""
     operands = [Int32(x).ir_value(loc=loc, ip=ip) for x in (borrow, b, a)]
     text = "lop3.b32 $0, $1, $2, $3, 0xb2;"
     return Int32(_asm(T.i32(), operands, text, "=r,r,r,r", volatile=False, loc=loc, ip=ip))
+
+
+@dsl_user_op
+def fma_relu(a: Int32, factor: int, c: Int32, dtype: str, *, loc=None, ip=None) -> Int32:
+    """max(a * factor + c, 0) of packed pairs; factor: the pair's 32 bits."""
+    operands = [Int32(x).ir_value(loc=loc, ip=ip) for x in (a, c)]
+    text = f"{{ .reg .b32 factor; mov.b32 factor, {factor}; fma.rn.relu.{dtype}x2 $0, $1, factor, $2; }}"
+    return Int32(_asm(T.i32(), operands, text, "=r,r,r", volatile=False, loc=loc, ip=ip))
 
 
 @dsl_user_op

@@ -249,6 +249,10 @@ def _mad(m, ins):
 
 @operation("fma")
 def _fma(m, ins):
+    if "relu" in ins.parts:
+        if ins.parts[1:-1] != ("rn", "relu") or ins.parts[-1] not in ("f16", "bf16", "f16x2", "bf16x2"):
+            raise unsupported(ins)
+        return _half(m, ins, lambda *values: np.maximum(_fma32(*values), np.float32(0)), ins.parts[-1])
     return _float(m, ins, _fma64 if ins.parts[-1] == "f64" else _fma32, ("rn", "ftz"))
 
 

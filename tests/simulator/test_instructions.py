@@ -260,6 +260,18 @@ def test_halves():
     np.testing.assert_array_equal(result, (a * b + c).astype(np.float16))
 
 
+@pytest.mark.parametrize("kind", ["f16", "bf16"])
+def test_fma_with_relu(kind):
+    halves = [bf16(a) if kind == "bf16" else a.astype(np.float16).view(np.uint16) for a in F32]
+    a, b, c = ((h.astype(np.uint32) << 16).view("f4") if kind == "bf16" else h.view("f2").astype("f4") for h in halves)
+    pairs = [h.astype(np.uint32) << 16 | h[::-1] for h in halves]
+    result = elementwise(f"fma.rn.relu.{kind}x2 %o, %a, %b, %c;", pairs, np.uint32)
+    exact = np.maximum(a.astype(np.float64) * b + c, 0)
+    expected = bf16(exact.astype("f4")) if kind == "bf16" else exact.astype(np.float16).view(np.uint16)
+    np.testing.assert_array_equal(result >> 16, expected)
+    np.testing.assert_array_equal((result & 0xFFFF)[::-1], expected)
+
+
 @pytest.mark.parametrize("kind, largest", [("e4m3x2", 448), ("e5m2x2", 57344)])
 def test_fp8(kind, largest):
     values = np.concatenate([F32[0], [0, 1e9, -1e9, 1e-9]]).astype(np.float32)[-N:]
@@ -277,7 +289,8 @@ UNKNOWN = [
     "add.sat.s32 %o, %a, %b;", "add.cc.u32 %o, %a, %b;", "mad.hi.s64 %o, %a, %b, %a;",
     "mad.lo.cc.u32 %o, %a, %b, %a;", "min.xorsign.abs.f32 %o, %a, %b;", "max.relu.u16x2 %o, %a, %b;",
     "nosuch.b32 %o, %a;",
-    "fma.rn.sat.f32 %o, %a, %b, %a;", "cvt.rn.sat.f32.f32 %o, %a;", "ex2.approx.ftz.f16x2 %o, %a;",
+    "fma.rn.sat.f32 %o, %a, %b, %a;", "fma.rn.relu.f32 %o, %a, %b, %a;", "cvt.rn.sat.f32.f32 %o, %a;",
+    "ex2.approx.ftz.f16x2 %o, %a;",
     "ld.global.b32.nosuch %o, [%d1];", "ldmatrix.sync.aligned.m16n16.x1.trans.shared.b8 {%o, %r3}, [%r1];",
     "shfl.sync.bfly.b64 %o, %a, 1, 31, -1;", "wgmma.fence.sync.aligned;", "mov.u32 %o, %clock;",
     "atom.global.add.noftz.f16x2 %o, [%d1], %a;", "barrier.cta.red.popc.u32 %o, 0, %p1;",
