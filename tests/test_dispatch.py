@@ -92,7 +92,8 @@ PAGED = {"page_size": 16, "seqused_k": True}
         ("pages", "sm_120a", PAGED | {"head_dim_v": 80}),
         ("fp8_boxes", "sm_120a", PAGED | {"kv_dtype": "float8_e5m2", "v_descale": True}),
         ("fp8", "sm_89", PAGED | {"kv_dtype": "float8_e5m2"}),
-        ("fp8", "sm_120a", PAGED | {"kv_dtype": "float8_e5m2", "k_descale": True}),
+        ("fp8_boxes", "sm_120a", PAGED | {"kv_dtype": "float8_e5m2", "k_descale": True}),
+        ("fp8", "sm_120a", PAGED | {"dtype": "float16", "kv_dtype": "float8_e5m2", "k_descale": True}),
         ("fp8", "sm_120a", PAGED | {"kv_dtype": "float8_e4m3fn", "tma_strides": False}),
         ("fp8", "sm_120a", PAGED | {"kv_dtype": "float8_e4m3fn", "head_dim_v": 64}),
         ("fp8", "sm_120a", {"kv_dtype": "float8_e4m3fn", "seqused_k": True}),
@@ -100,7 +101,8 @@ PAGED = {"page_size": 16, "seqused_k": True}
     ],
 )
 def test_how_keys_are_loaded(way, arch, options):
-    assert choose(AttentionProblem("bfloat16", 128, **{"head_dim_v": 128} | options), arch).way == way
+    fields = {"dtype": "bfloat16", "head_dim": 128, "head_dim_v": 128} | options
+    assert choose(AttentionProblem(**fields), arch).way == way
 
 
 def test_what_lies_behind_the_notes_does_not_overlap():

@@ -24,6 +24,7 @@ from flash_attn_sm120.device.gemm import pv_product, qk_product
 from flash_attn_sm120.device.mask import apply_bounds, apply_mask
 from flash_attn_sm120.device.mods import Place, SeqlenInfo, apply_mask_mod, apply_score_mod
 from flash_attn_sm120.device.ptx import (
+    lane_anew,
     load_shared_f32,
     load_shared_v4,
     mbarrier_arrive_after,
