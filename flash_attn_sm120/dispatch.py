@@ -134,10 +134,10 @@ COMMON_TILES = (
     TileRow(192, 192, tile_m=128, tile_n=64, num_warps=8, blocks_per_sm=1, q_in_registers=True),
     TileRow(256, 256, tile_m=128, tile_n=32, num_warps=8, blocks_per_sm=1, q_in_registers=True),
 )
-# The largest tile that fits its registers is the fastest. 256x64 doesn't with modifiers but lists of blocks that TMA
-# brings and biases of dense scores, nor where four warps copy and window bounds are held, nor with pages that come by
-# cp.async. Converting 8-bit keys in registers costs the same for 128 rows as for 256, and takes registers. Evidence:
-# benchmarks/NOTES.md, "The largest tile under every mask", "Pages at dense speed", "Dropout, mods, lists".
+# The largest tile that fits its registers is the fastest. 256x64 doesn't with modifiers but dropout, lists of blocks
+# that TMA brings and biases of dense scores, nor where four warps copy and window bounds are held, nor with pages that
+# come by cp.async. Converting 8-bit keys in registers costs the same for 128 rows as for 256, and takes registers.
+# Evidence: benchmarks/NOTES.md, "The largest tile under every mask", "Pages at dense speed", "Dropout, mods, lists".
 LARGEST = TileRow(128, 128, tile_m=256, tile_n=64, num_warps=8, blocks_per_sm=1, modifiers=())
 FP8_TILES = tuple(
     TileRow(d, d, tile_m, tile_n, num_warps=8, blocks_per_sm=1, stages=stages, q_in_registers=d > 128, ways=("fp8",))
