@@ -12,21 +12,21 @@ from flash_attn_sm120.problem import AttentionProblem
 def add_alibi(
     problem: AttentionProblem,
     tSrS: cute.Tensor,
-    scales: list[Float32],
+    scale: Float32,
     slopes: list[Float32],
     positions: list[Int32],
     first_col: Int32,
     lane: Int32,
     numbers: Numbers,
 ) -> None:
-    """score -> scale * score - slope * distance. scales, slopes and positions: of each of the thread's rows, 8 apart;
-    slopes in the units of the result. Columns are local ones, positions global, as in visible.py."""
+    """score -> scale * score - slope * distance. slopes and positions: of each of the thread's rows, 8 apart; slopes in
+    the units of the result. Columns are local ones, positions global, as in visible.py."""
     own_col = first_col + 2 * (lane % 4)
     step = Float32(1.0)
     if problem.context_parallel:
         own_col = own_col * numbers.cp_world_size + numbers.cp_rank
         step = Float32(numbers.cp_world_size)
-    for r, (scale, slope, position) in enumerate(zip(scales, slopes, positions, strict=True)):
+    for r, (slope, position) in enumerate(zip(slopes, positions, strict=True)):
         from_first = Float32(position - own_col)
         for n in range(tSrS.shape[1]):
             for j in range(2):

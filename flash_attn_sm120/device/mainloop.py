@@ -90,7 +90,7 @@ class ForwardTile:
         self.second_note = self.note + TILE_NOTE_BYTES
 
         m_frags = config.warp_rows // 16
-        self.scales = [numbers.softmax_scale] * (2 * m_frags)  # of the thread's rows, 8 apart
+        self.scale = numbers.softmax_scale
         self.softmax = OnlineSoftmax(m_frags)
         self.tSrS = accumulators(m_frags, plan.tile_n // 8)
         self.tOrO = accumulators(m_frags, config.layout_v.cols // 8)
@@ -99,12 +99,12 @@ class ForwardTile:
         self.tSrQ = cute.make_rmem_tensor((m_frags, kept // 16, 4), Int32) if kept else None
         self.sQ: SharedMatrix | None = None  # of the block that is worked on, where find_q is called
 
-    def softmax_scales(self) -> list[Float32]:
+    def softmax_scale(self) -> Float32:
         """What softmax multiplies scores by: 1 where they have got their scale before."""
         problem = self.config.problem
         if problem.rescored:
-            return [Float32(math.log2(math.e))] * len(self.scales)
-        return [Float32(1.0)] * len(self.scales) if problem.softcap or problem.alibi else self.scales
+            return Float32(math.log2(math.e))
+        return Float32(1.0) if problem.softcap or problem.alibi else self.scale
 
     def stage(self, i: int | Int32) -> Stage:
         """Of the i-th block."""
@@ -269,7 +269,7 @@ class ForwardTile:
 
     def take_q(self) -> None:
         """What is to be done with Q before the first block."""
-        self.softmax.start(self.softmax_scales())
+        self.softmax.start(self.softmax_scale())
         self.slope = self.load_slope() if self.config.problem.alibi else None
         if self.config.plan.q_in_registers:
             self.keep_q()
@@ -395,7 +395,7 @@ class ForwardTile:
         """place: for mods."""
         config = self.config
         if config.problem.softcap:
-            apply_softcap(self.tSrS, self.scales, self.cap_scale)
+            apply_softcap(self.tSrS, self.scale, self.cap_scale)
         if config.problem.alibi:
             self.add_alibi(n)
         if place is not None:  # after the softcap, which makes a number of -inf
@@ -427,13 +427,13 @@ class ForwardTile:
     def apply_mods(self, place: Place, modded: bool) -> None:
         problem, aux = self.config.problem, self.modifiers.aux or ()
         if problem.rescored:
-            apply_score_mod(self.tSrS, problem.score_mod, self.scales, place, aux)
+            apply_score_mod(self.tSrS, problem.score_mod, self.scale, place, aux)
         if problem.mask_mod is not None and modded:
             apply_mask_mod(self.tSrS, problem.mask_mod, place, aux)
 
     def bias(self, place: Place) -> Callable:
         """Of the thread's scores, which get their scale from softmax."""
-        unit, aux = reciprocal(self.scales[0]) * math.log2(math.e), self.modifiers.aux or ()
+        unit, aux = reciprocal(self.scale) * math.log2(math.e), self.modifiers.aux or ()
         first_col = place.first_col + 2 * (place.lane % 4)
         return self.config.problem.score_mod.bias(
             unit, place.batch, place.head, place.first_row, first_col, place.info, aux
@@ -445,7 +445,7 @@ class ForwardTile:
         first_row, head, batch, seq_q = read_tile_note(self.note, problem.packed_q)
         seqlen_k, (offset_k, _, _, _) = read_positions(self.note).seqlen_k, load_shared_v4(self.second_note)
         first = first_row + (thread >> 5) * self.config.warp_rows + ((thread % 32) >> 2)
-        rows = [first + 8 * r for r in range(len(self.scales))]
+        rows = [first + 8 * r for r in range(self.softmax.rows)]
         last_col = None
         if problem.aux:
             rows = [cutlass.min(row, seq_q.length - 1) for row in rows]
@@ -462,14 +462,14 @@ class ForwardTile:
     def own_positions(self, at: Positions, thread: Int32) -> list[Int32]:
         """Of the thread's rows."""
         first = at.first_row + at.shift + (thread >> 5) * self.config.warp_rows + ((thread % 32) >> 2)
-        return [first + 8 * r for r in range(len(self.scales))]
+        return [first + 8 * r for r in range(self.softmax.rows)]
 
     def add_alibi(self, n: Int32) -> None:
         thread, problem, first_col = thread_anew(), self.config.problem, n * self.config.plan.tile_n
-        scales = self.softmax_scales() if problem.softcap else self.scales
+        scale = self.softmax_scale() if problem.softcap else self.scale
         positions = self.own_positions(read_positions(self.note), thread)
         slopes = [self.slope] * len(positions)
-        add_alibi(problem, self.tSrS, scales, slopes, positions, first_col, thread % 32, self.numbers)
+        add_alibi(problem, self.tSrS, scale, slopes, positions, first_col, thread % 32, self.numbers)
 
     def mask(self, n: Int32) -> None:
         problem, at, thread = self.config.problem, read_positions(self.note), thread_anew()

@@ -24,7 +24,7 @@ class DecodeSoftmax(OnlineSoftmax):
         own_max = [self._own_max(tSrS, r) for r in range(self.rows)]
         grown = Boolean(False)
         for r in cutlass.range_constexpr(self.rows):
-            grown = grown | ((own_max[r] - self.row_max[r]) * self.scales[r] > GROWTH)
+            grown = grown | ((own_max[r] - self.row_max[r]) * self.scale > GROWTH)
         if cute.arch.vote_any_sync(grown):
             self._grow(own_max, tOrO)
 
@@ -48,11 +48,9 @@ class DecodeLoop:
         self.shared = shared + warp * config.memory.ring_bytes
         self.ahead = plan.stages - 1
         self.operands = config.operands(self.lane, shared, self.shared)
-        own_rows = plan.tile_m // 8
-        self.scales = [score_scale] * own_rows
-        scales = [Float32(1.0)] * own_rows if problem.softcap or problem.alibi else self.scales
+        self.scale = score_scale
         self.softmax = DecodeSoftmax(plan.tile_m // 16)
-        self.softmax.start(scales)
+        self.softmax.start(Float32(1.0) if problem.softcap or problem.alibi else score_scale)
         self.tSrS = accumulators(plan.tile_m // 16, plan.tile_n // 8)
         self.tOrO = accumulators(plan.tile_m // 16, config.memory.columns_out // 8)
         self.tOrO.fill(0.0)
@@ -136,11 +134,11 @@ class DecodeLoop:
         config = self.config
         problem = config.problem
         if cutlass.const_expr(problem.softcap):
-            apply_softcap(self.tSrS, self.scales, self.numbers.softcap)
+            apply_softcap(self.tSrS, self.scale, self.numbers.softcap)
         first_col = n * config.plan.tile_n
         if cutlass.const_expr(problem.alibi):
-            scales = self.softmax.scales if problem.softcap else self.scales
-            self.rows.add_alibi(self.tSrS, scales, first_col, self.lane, self.numbers)
+            scale = self.softmax.scale if problem.softcap else self.scale
+            self.rows.add_alibi(self.tSrS, scale, first_col, self.lane, self.numbers)
         if (first_col < self.rows.inner_begin) | (first_col + config.plan.tile_n > self.rows.inner_end):
             self.rows.mask(self.tSrS, first_col, self.lane)
 
@@ -149,7 +147,7 @@ class DecodeLoop:
         constant = -0.5 * self.numbers.softcap if self.config.problem.softcap else Float32(0.0)
         return [
             (
-                fma(self.softmax.row_max[r], self.softmax.scales[r], constant),
+                fma(self.softmax.row_max[r], self.softmax.scale, constant),
                 quad_reduce(self.softmax.row_sum[r], lambda a, b: a + b),
             )
             for r in range(self.softmax.rows)

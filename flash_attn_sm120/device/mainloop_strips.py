@@ -183,7 +183,7 @@ class StripTile(ForwardTile):
         """Waits for the warp's Q."""
         cute.arch.cp_async_wait_group(0)
         cute.arch.sync_warp()
-        self.softmax.start(self.softmax_scales())
+        self.softmax.start(self.softmax_scale())
         self.slope = None
         if self.config.plan.q_in_registers:
             self.keep_q()

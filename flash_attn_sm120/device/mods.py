@@ -105,10 +105,10 @@ def chunks_of(place: Place, n_frags: int, width: int) -> Iterator[tuple[int, lis
             yield r, [(r // 2, c // 2, 2 * (r % 2) + c % 2) for c in own], columns
 
 
-def apply_score_mod(tSrS: cute.Tensor, mod: Mod, scales: list[Float32], place: Place, aux: tuple) -> None:
-    """score -> mod(score * scale), in natural units. scales: of the thread's rows."""
+def apply_score_mod(tSrS: cute.Tensor, mod: Mod, scale: Float32, place: Place, aux: tuple) -> None:
+    """score -> mod(score * scale), in natural units."""
     for r, own, columns in chunks_of(place, tSrS.shape[1], mod.width):
-        scores = [tSrS[at] * scales[r] for at in own]
+        scores = [tSrS[at] * scale for at in own]
         results = call_score_mod(mod, scores, place.batch, place.head, place.q_idx[r], columns, place.info, aux)
         for at, result in zip(own, results, strict=True):
             tSrS[at] = result

@@ -145,7 +145,7 @@ class VisibleRows(RowTile):
         bounds = [(self.begin, self.end)] * (2 * tSrS.shape[0]) if self.bounds is None else self.bounds
         apply_bounds(tSrS, bounds, first_col, lane)
 
-    def add_alibi(self, tSrS: cute.Tensor, scales: list, first_col: Int32, lane: Int32, numbers) -> None:
-        """The slopes' part of the scores, in base 2, which they are multiplied by `scales` into."""
+    def add_alibi(self, tSrS: cute.Tensor, scale: Float32, first_col: Int32, lane: Int32, numbers) -> None:
+        """The slopes' part of the scores, in base 2, which they are multiplied by `scale` into."""
         positions = [token + self.shift for token in self.tokens]
-        add_alibi(self.config.problem, tSrS, scales, self.slopes, positions, first_col, lane, numbers)
+        add_alibi(self.config.problem, tSrS, scale, self.slopes, positions, first_col, lane, numbers)

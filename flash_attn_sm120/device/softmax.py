@@ -38,15 +38,14 @@ def quad_reduce(value: Float32, combine) -> Float32:
     return value
 
 
-def apply_softcap(tSrS: cute.Tensor, inner_scales: list[Float32], cap_scale: Float32) -> None:
+def apply_softcap(tSrS: cute.Tensor, inner_scale: Float32, cap_scale: Float32) -> None:
     """score -> log2(e) * softcap * (tanh(score * softmax_scale / softcap) - 1), into base 2 and without the constant
-    that softmax doesn't see. inner_scales = 2 log2(e) softmax_scale / softcap for each of the thread's rows, cap_scale
-    = -2 log2(e) softcap.
+    that softmax doesn't see. inner_scale = 2 log2(e) softmax_scale / softcap, cap_scale = -2 log2(e) softcap.
 
     tanh(x) = 1 - 2 / (1 + e^2x): its absolute error is that of ex2 and rcp, where tanh.approx loses 2^-11.
     """
     for m, n, i in elements(tSrS):
-        tSrS[m, n, i] = reciprocal(1.0 + exp2(tSrS[m, n, i] * inner_scales[2 * m + i // 2])) * cap_scale
+        tSrS[m, n, i] = reciprocal(1.0 + exp2(tSrS[m, n, i] * inner_scale)) * cap_scale
 
 
 def in_base_2(problem: AttentionProblem, numbers: Numbers) -> Numbers:
@@ -80,12 +79,11 @@ class OnlineSoftmax:
         self.row_max = cute.make_rmem_tensor((self.rows,), Float32)
         self.row_sum = cute.make_rmem_tensor((self.rows,), Float32)
 
-    def start(self, scales: list[Float32]) -> None:
-        """Before the first block. scales: what the scores of each of the thread's rows are multiplied by, into base
-        2."""
-        self.scales = scales
+    def start(self, scale: Float32) -> None:
+        """Before the first block. scale: what scores are multiplied by, into base 2."""
+        self.scale = scale
         for r in range(self.rows):
-            self.row_max[r] = lowest(scales[r])
+            self.row_max[r] = lowest(scale)
             self.row_sum[r] = Float32(0.0)
 
     @cute.jit
@@ -101,7 +99,7 @@ class OnlineSoftmax:
         new_max = [self._block_max(tSrS, r) for r in range(self.rows)]
         grown = cutlass.Boolean(False)
         for r in cutlass.range_constexpr(self.rows):
-            grown = grown | ((new_max[r] - self.row_max[r]) * self.scales[r] > GROWTH)
+            grown = grown | ((new_max[r] - self.row_max[r]) * self.scale > GROWTH)
         if cute.arch.vote_any_sync(grown):
             self._rescale(new_max, tOrO)
 
@@ -109,7 +107,7 @@ class OnlineSoftmax:
         """What update returns, each 16 keys' once they are asked for: ptxas keeps to that order and so puts them and
         what is done with them between the products."""
         m_frags, n_frags, _ = tSrS.shape
-        offsets = [-self.row_max[r] * self.scales[r] for r in range(self.rows)]
+        offsets = [-self.row_max[r] * self.scale for r in range(self.rows)]
         for first in range(0, n_frags, 2):
             places = list(itertools.product((first, first + 1), range(2)))
             yield [
@@ -126,8 +124,7 @@ class OnlineSoftmax:
 
     def _exponentials(self, tSrS: cute.Tensor, m: int, n: int, half: int, offset: Float32) -> list[Float32]:
         """Of two neighbouring columns."""
-        scale = self.scales[2 * m + half]
-        return [exp2(fma(tSrS[m, n, 2 * half + j], scale, offset)) for j in range(2)]
+        return [exp2(fma(tSrS[m, n, 2 * half + j], self.scale, offset)) for j in range(2)]
 
     def _block_max(self, tSrS: cute.Tensor, r: int) -> Float32:
         m, half = r // 2, r % 2
@@ -137,7 +134,7 @@ class OnlineSoftmax:
     def _rescale(self, new_max: list[Float32], tOrO: cute.Tensor) -> None:
         factors = []
         for r in range(self.rows):
-            factors.append(exp2(fma(self.row_max[r], self.scales[r], -new_max[r] * self.scales[r])))
+            factors.append(exp2(fma(self.row_max[r], self.scale, -new_max[r] * self.scale)))
             self.row_max[r] = new_max[r]
             self.row_sum[r] = self.row_sum[r] * factors[r]
         for m, n, i in elements(tOrO):
@@ -151,7 +148,7 @@ class OnlineSoftmax:
         pairs = {}
         for r in range(self.rows):
             m, half = r // 2, r % 2
-            offset = -self.row_max[r] * self.scales[r]
+            offset = -self.row_max[r] * self.scale
             sums = []
             for n in range(n_frags):
                 low, high = self._exponentials(tSrS, m, n, half, offset)
@@ -178,7 +175,7 @@ class OnlineSoftmax:
         factors, lses = [], []
         for r in range(self.rows):
             total, factor = quad_reduce(self.row_sum[r], operator.add), Float32(1.0)
-            top = self.row_max[r] * self.scales[r] + constant
+            top = self.row_max[r] * self.scale + constant
             if sink is not None:
                 own, top = top, cute.arch.fmax(top, sink)
                 factor = exp2(own - top)
