@@ -18,7 +18,6 @@ from flash_attn_sm120.device.ptx import (
     pack_pair,
     store_shared_v4,
 )
-from flash_attn_sm120.device.tile import VECTOR
 
 Q_SHIFT = 8
 
@@ -30,17 +29,12 @@ def load_query(
     elements, which are bf16 then, are multiplied by on the way to f16; None where they are f16."""
     layout = source.layout
     own = Sharing(lane_anew, LANES, layout.units, rows, neighbours=False).own()
-    start = source.address + Int64(first_row + own.first) * source.row_stride + Int64(own.unit * 16)
-    loaded = {}
-    for i in range(own.count):
-        inside = first_row + own.first + i * own.step < seqlen_q
-        address = start + i * (own.step * source.row_stride)
-        for first_unit in range(0, layout.cols // VECTOR, own.width):
-            first_byte, exists = first_unit * 16, inside
-            if first_byte + own.width * 16 > source.row_bytes:
-                exists = inside & (first_byte + own.unit * 16 < source.row_bytes)
-            loaded[i, first_unit] = load_global_v4_if(address + first_byte, Int32(exists))
-    for (i, first_unit), pairs in loaded.items():
+    start = Int64(first_row + own.first) * source.row_stride
+    loaded = [
+        (i, first_unit, load_global_v4_if(address + first_unit * 16, exists))
+        for i, first_unit, address, exists in source.units(own, first_row, start, None, seqlen_q)
+    ]
+    for i, first_unit, pairs in loaded:
         chunk, unit = divmod(first_unit, layout.units)
         place = own.offset(layout, i, own.unit + unit) + chunk * layout.chunk_bytes
         store_shared_v4(shared + place, pairs if factor is None else [to_f16(pair, factor) for pair in pairs])

@@ -80,7 +80,7 @@ class PendingTile:
 
 
 class Fp8Loader(QueryLoader):
-    """Q, and the tiles of its KV head, from tensors in any layout or from the pages of a pool."""
+    """The tiles of Q's KV head, from tensors in any layout or from the pages of a pool."""
 
     starts_early = False
 
@@ -106,6 +106,9 @@ class Fp8Loader(QueryLoader):
         # Loads 0, 1, ... of the tile that is stored next, and the page of the last that was started.
         self.slots, self.page = (cute.make_rmem_tensor((size,), Int32) for size in (IN_FLIGHT * WORDS, 1))
         self.first_block = None
+
+    def load_q(self, barrier: cute.Pointer) -> None:
+        """See ForwardTile.load_own_q."""
 
     def begin(self, blocks: BlockRange, stage: Stage) -> None:
         """Starts the first loads, of the last block."""

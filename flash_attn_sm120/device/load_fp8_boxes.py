@@ -35,8 +35,7 @@ LANES = 32
 
 
 class Fp8BoxLoader(PageLoader):
-    """Q as CpAsyncLoader, all blocks through TMA: those rows of V that aren't there become zeros on the way, K's are
-    masked."""
+    """All blocks through TMA: those rows of V that aren't there become zeros on the way, K's are masked."""
 
     converts, starts_early = True, False
 
@@ -49,6 +48,9 @@ class Fp8BoxLoader(PageLoader):
         self.tiles = LANES // self.count  # that a look-up serves
         self.box_bits = (self.keys.page_size // k.rows - 1).bit_length()
         self.number = cute.make_rmem_tensor((1,), Int32)  # of the warp, among those that load
+
+    def load_q(self, barrier: cute.Pointer) -> None:
+        """See ForwardTile.load_own_q."""
 
     @cute.jit
     def feed(self, stage: Stage):

@@ -6,7 +6,7 @@ number serves them all; K and V share it.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import cutlass
@@ -117,19 +117,27 @@ class RowSource:
         """Starts the copy of a tile. start: where the thread's first row begins, bytes from `address`; rows before
         `begin` or from `end` on become zeros and aren't read. None where there are no such rows in the tile."""
         layout = self.layout
+        for i, first_unit, address, exists in self.units(own, first_row, start, begin, end):
+            chunk, unit = divmod(first_unit, layout.units)
+            beyond = i * own.step * layout.row_bytes
+            target = shared + own.offset(layout, i, own.unit + unit) - beyond
+            offset = chunk * layout.chunk_bytes + beyond
+            cp_async_16(target, address, exists * 16, offset, first_unit * 16)
+
+    def units(
+        self, own: ThreadRows, first_row: Int32, start: Int64, begin: Int32 | None, end: Int32 | None
+    ) -> Iterator[tuple[int, int, Int64, Int32]]:
+        """What a thread has of a tile, as load takes it: (its i-th row, first unit of `width`, address but for that
+        unit, 1 where its own unit exists)."""
         start = self.address + start + Int64(own.unit * 16)
         for i in range(own.count):
             address = start + i * (own.step * self.row_stride)
             inside = self.inside(first_row + own.first + i * own.step, begin, end)
-            for first_unit in range(0, layout.cols // VECTOR, own.width):
-                chunk, unit = divmod(first_unit, layout.units)
+            for first_unit in range(0, self.layout.cols // VECTOR, own.width):
                 exists, first_byte = inside, first_unit * 16
                 if first_byte + own.width * 16 > self.row_bytes:
                     exists = inside & (first_byte + own.unit * 16 < self.row_bytes)
-                beyond = i * own.step * layout.row_bytes
-                target = shared + own.offset(layout, i, own.unit + unit) - beyond
-                offset = chunk * layout.chunk_bytes + beyond
-                cp_async_16(target, address, Int32(exists) * 16, offset, first_byte)
+                yield i, first_unit, address, Int32(exists)
 
 
 class KeysAndValues:
