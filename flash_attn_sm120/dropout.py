@@ -1,13 +1,13 @@
 """dropout_mask: which attention weights a seed keeps, in PyTorch and to the bit as the kernels do it; seeds and p.
 
-Source: Salmon et al., "Parallel Random Numbers: As Easy as 1, 2, 3" (2011): Philox 4x32, here with 7 rounds, and six
-more without a key for the further words of a group.
+Source: Salmon et al., "Parallel Random Numbers: As Easy as 1, 2, 3" (2011): Philox 4x32, here with 7 rounds.
 """
 
 from __future__ import annotations
 
 import numbers
 import operator
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -17,7 +17,11 @@ MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 WEYL = (0x9E3779B9, 0xBB67AE85)
 ROUNDS = 7
 OWN_BITS = 7  # of a weight's number, each a bit of another random word
-MIX = 0x9E3779B9  # times the third word after ROUNDS, plus the fourth: the group's number
+MIX = 0x9E3779B9  # times the third of Philox's words, plus the fourth: the group's number
+# The words of a half are the first two of its four and five more: word x turned left by so many places, and words y and
+# z. A half's four are Philox's or, for the second half, Philox's third, fourth, first and second. Any two weights'
+# bits are independent so, and what the bits of any three have in common hangs on the lowest of them.
+FURTHER = ((2, 9, 2, 3), (2, 18, 0, 2), (0, 29, 1, 3), (1, 11, 1, 2), (2, 31, 0, 3))  # x, places, y, z
 WORD = 0xFFFFFFFF
 SIDES = (32, 64)  # rows and columns of a strip; a group is its weights whose rows and pairs of columns agree modulo 8
 
@@ -73,35 +77,39 @@ def kept(
     groups = (range(first, last), range(8), range(-(-seqlen_k // SIDES[1])), range(4))
     axes = (torch.arange(axis.start, axis.stop, device=device) for axis in (batches, heads, *groups))
     b, h, strip, row, column, pair = torch.meshgrid(*axes, indexing="ij")
-    dropped = torch.stack(compare(random_words((h, column, b, 32 * strip + 4 * row + pair), key), dropout_p), -1)
+    dropped = torch.stack(compare(philox((h, column, b, 32 * strip + 4 * row + pair), key), dropout_p), -1)
     # a place is (column of a pair, 16s of columns, 16s of rows, 8s of rows, 8s of columns); halves are 32s of columns
     places = torch.stack([dropped >> place & 1 == 0 for place in range(32)], -1).unflatten(-1, (2,) * 5)
     stays = places.permute(0, 1, 2, 9, 10, 3, 4, 6, 8, 11, 5, 7).flatten(6).flatten(2, 5)
     return stays[:, :, rows.start - SIDES[0] * first : rows.stop - SIDES[0] * first, :seqlen_k]
 
 
-def random_words(counter: tuple, key: tuple[int, int]) -> list:
-    """A group's: the bits of its first half's numbers, then of its second's, from the lowest up; int64 tensors that
-    hold 32 bits. From states after 7, 9, 11 and 13 rounds, as two that follow each other share bits."""
-    words = list(state := philox(counter, key))
-    for _ in range(3):
-        state = philox_round(philox_round(state))
-        words += state
-    return words[: 2 * OWN_BITS]
+def halves(words: tuple) -> list[tuple]:
+    """Philox's words as each half of a group takes them."""
+    return [words, (*words[2:], *words[:2])]
 
 
-def compare(words: list, dropout_p: float) -> list[torch.Tensor]:
-    """Which weights of groups' halves are dropped, a bit each; int64 tensors that hold 32 bits, as random_words."""
+def bits_of_numbers(words: tuple, turn: Callable) -> list:
+    """Of a half's weights, from the lowest up: bit j of each word is weight j's. turn(word, places): to the left."""
+    return [*words[:2], *(turn(words[x], places) ^ words[y] ^ words[z] for x, places, y, z in FURTHER)]
+
+
+def turn_left(word: torch.Tensor, places: int) -> torch.Tensor:
+    return (word << places | word >> 32 - places) & WORD
+
+
+def compare(words: tuple, dropout_p: float) -> list[torch.Tensor]:
+    """Which weights of groups' halves are dropped, a bit each; int64 tensors that hold 32 bits, as philox."""
     whole, part = split_chance(dropout_p)
     borrow = (words[2] * MIX + words[3] & WORD < part).long() * WORD
-    halves = []
-    for first in (0, OWN_BITS):
+    found = []
+    for half in halves(words):
         less = borrow
-        for i, word in enumerate(words[first : first + OWN_BITS]):
+        for i, word in enumerate(bits_of_numbers(half, turn_left)):
             bit = WORD * (whole >> i & 1)
             less = bit & ~word | ~(bit ^ word) & less
-        halves.append(less & WORD)
-    return halves
+        found.append(less & WORD)
+    return found
 
 
 def philox(counter: tuple, key: tuple[int, int]) -> tuple:
@@ -111,7 +119,7 @@ def philox(counter: tuple, key: tuple[int, int]) -> tuple:
     return counter
 
 
-def philox_round(words: tuple, first_key: int = 0, second_key: int = 0) -> tuple:
+def philox_round(words: tuple, first_key: int, second_key: int) -> tuple:
     products = [words[2 * i] * MULTIPLIERS[i] for i in range(2)]
     high, low = ([product >> shift & WORD for product in products] for shift in (32, 0))
     return high[1] ^ words[1] ^ first_key, low[1], high[0] ^ words[3] ^ second_key, low[0]

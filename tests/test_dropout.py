@@ -8,7 +8,7 @@ from oracle import assert_right, ints, marks, rand
 from sparse_cases import random_blocks
 
 from flash_attn_sm120 import dropout_mask, flash_attn_func, flash_attn_varlen_func, reference
-from flash_attn_sm120.dropout import OWN_BITS, philox, random_words, split_chance, thresholds
+from flash_attn_sm120.dropout import OWN_BITS, bits_of_numbers, halves, philox, split_chance, thresholds, turn_left
 from flash_attn_sm120.problem import AttentionProblem
 
 BF16, FP16 = torch.bfloat16, torch.float16
@@ -16,26 +16,29 @@ SEED = 0xFEDCBA98_87654321  # the top bit of both words set
 WORD = 0xFFFFFFFF
 
 
-def philox_of_ints(counter, key, rounds=7, keyless=0):
-    """Philox 4x32 as the paper writes it, on Python's ints; keyless: rounds more, without a key."""
+def philox_of_ints(counter, key, rounds=7):
+    """Philox 4x32 as the paper writes it, on Python's ints."""
     a, b, c, d = counter
     k0, k1 = key
-    for turn in range(rounds + keyless):
+    for _ in range(rounds):
         high_0, low_0 = divmod(a * 0xD2511F53, 1 << 32)
         high_1, low_1 = divmod(c * 0xCD9E8D57, 1 << 32)
-        first, second = (k0, k1) if turn < rounds else (0, 0)
-        a, b, c, d = high_1 ^ b ^ first, low_1, high_0 ^ d ^ second, low_0
+        a, b, c, d = high_1 ^ b ^ k0, low_1, high_0 ^ d ^ k1, low_0
         k0, k1 = (k0 + 0x9E3779B9) & WORD, (k1 + 0xBB67AE85) & WORD
     return a, b, c, d
 
 
 def kept_by_hand(batch, head, row, column, p, seed):
     counter = (head, column // 64, batch, row // 32 * 32 + row % 8 * 4 + column % 8 // 2)
-    words = [philox_of_ints(counter, (seed & WORD, seed >> 32), keyless=more) for more in (0, 2, 4, 6)]
+    a, b, c, d = philox_of_ints(counter, (seed & WORD, seed >> 32))
     place = column % 2 * 16 + column // 16 % 2 * 8 + row // 16 % 2 * 4 + row // 8 % 2 * 2 + column // 8 % 2
-    groups = (words[0][2] * 0x9E3779B9 + words[0][3]) % 2**32
-    words = sum(words, ())[column // 32 % 2 * 7 :][:7]
-    number = sum((word >> place & 1) << i for i, word in enumerate(words))
+    groups = (c * 0x9E3779B9 + d) % 2**32
+    if column // 32 % 2:
+        a, b, c, d = c, d, a, b
+    bit = lambda word, turned=0: word >> (place - turned) % 32 & 1  # noqa: E731
+    bits = [bit(a), bit(b), bit(c, 9) ^ bit(c) ^ bit(d), bit(c, 18) ^ bit(a) ^ bit(c), bit(a, 29) ^ bit(b) ^ bit(d)]
+    bits += [bit(b, 11) ^ bit(b) ^ bit(c), bit(c, 31) ^ bit(a) ^ bit(d)]
+    number = sum(one << i for i, one in enumerate(bits))
     threshold, part = divmod(round(p * 2**39), 2**32)
     return number >= threshold + (groups < part)
 
@@ -82,7 +85,7 @@ def test_bits_of_two_weights_are_independent(first, second):
     count = 1 << 18
     generator = torch.Generator().manual_seed(SEED)
     counter = torch.randint(0, 1 << 32, (4, count), generator=generator)
-    words = torch.stack(random_words(tuple(counter), (1, 2)))
+    words = torch.stack([word for half in halves(philox(counter, (1, 2))) for word in bits_of_numbers(half, turn_left)])
     signs = (1 - 2 * (words[:, None] >> torch.arange(32)[:, None] & 1)).to(torch.int8)  # (word, place, count)
     rows, columns = (signs[7 * half :][:7].flatten(0, 1).float() for half in (first, second))
     sums = (rows @ columns.T).abs()
@@ -90,6 +93,34 @@ def test_bits_of_two_weights_are_independent(first, second):
         sums.fill_diagonal_(0)
     assert sums.max().item() < 5.5 * math.sqrt(count)  # of 50000 pairs
     assert rows.mean(1).abs().max().item() < 5 / math.sqrt(count)
+
+
+def rank(vectors):
+    """Of ints as vectors of bits."""
+    basis = []
+    for vector in vectors:
+        for other in basis:
+            vector = min(vector, vector ^ other)
+        if vector:
+            basis.append(vector)
+    return len(basis)
+
+
+def test_bits_of_two_weights_depend_on_other_bits_of_philox():
+    """Exactly: no sum of bits of two weights' numbers is always 0, nor of the 64 top bits of a group."""
+    sources = [tuple(1 << bit if word == own else 0 for own in range(4)) for word in range(4) for bit in range(32)]
+    made = [[bits_of_numbers(half, turn_left) for half in halves(words)] for words in sources]
+    places = [(half, place) for half in range(2) for place in range(32)]
+    vectors = {
+        (half, place): [
+            sum((one[half][bit] >> place & 1) << i for i, one in enumerate(made)) for bit in range(OWN_BITS)
+        ]
+        for half, place in places
+    }
+    for i, first in enumerate(places):
+        for second in places[:i]:
+            assert rank(vectors[first] + vectors[second]) == 2 * OWN_BITS, (first, second)
+    assert rank([vectors[place][-1] for place in places]) == len(places)
 
 
 @pytest.mark.parametrize("p", [1e-12, 0.003, 0.1, 1 / 3, 0.5, 127 / 128, 1 - 2**-53])

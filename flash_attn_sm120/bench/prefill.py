@@ -23,13 +23,12 @@ from flash_attn_sm120.bench import paged_peers, peers
 from flash_attn_sm120.bench.collect import Save, Watch, collect_rows, conditions
 from flash_attn_sm120.bench.forward import MASKS, SIZES, WRONG, Cell, launcher, ours
 from flash_attn_sm120.bench.sm120_mode import padded_smem
-from flash_attn_sm120.bench.timing import median_ms
+from flash_attn_sm120.bench.timing import in_turn_ms
 from flash_attn_sm120.dispatch import choose
 from flash_attn_sm120.problem import AttentionProblem
 
 KV_DTYPES = {"bf16": torch.bfloat16, "e4m3": torch.float8_e4m3fn}
 PAGE_SIZE = 16
-WRONG_FP8 = 0.2  # what rounding K and V to 8 bits changes, and more
 CELLS = [Cell(b, s, heads=32, heads_kv=8, mask=mask) for mask in MASKS for b, s in SIZES]
 
 
@@ -68,37 +67,38 @@ def paged(cell: Cell, page_size: int, kind: str, occupancy: str) -> tuple[Callab
 
 
 def measure(cell: Cell, page_size: int, occupancy: str, wanted: Sequence[str] = ()) -> dict:
-    """TFLOPS of each, and its largest difference from the dense kernel; a wanted peer's are under its name and kind."""
+    """TFLOPS of each, all in turn, and the largest difference from the dense kernel on what the pages hold; a wanted
+    peer's are under its name and kind."""
     sets = [cell.inputs() for _ in range(3)]
     dense = ours(cell, occupancy)["ours"][1]
-    expected = dense(*sets[0]).float()
     row = {"cell": cell.name, "page_size": page_size, "difference": {}}
-    row["tflops"] = {"dense": cell.flop / median_ms(dense, sets) / 1e9}
-    for kind in KV_DTYPES:
+    timed = {"dense": (dense, sets)}
+    for kind, dtype in KV_DTYPES.items():
         prepare, call, table = paged(cell, page_size, kind, occupancy)
         own = [prepare(*tensors) for tensors in sets]
+        q, k, v = sets[0]
+        expected = dense(q, k.to(dtype).to(k.dtype), v.to(dtype).to(v.dtype)).float()
         difference = (call(*own[0]).float() - expected).abs().max().item()
-        if not difference <= (WRONG if kind == "bf16" else WRONG_FP8):
+        if not difference <= WRONG:
             raise RuntimeError(f"{cell.name}, pages of {page_size}, {kind}: differs by {difference:.2g}")
-        row["difference"][kind] = difference
-        row["tflops"][kind] = cell.flop / median_ms(call, own) / 1e9
+        row["difference"][kind], timed[kind] = difference, (call, own)
         if "flashinfer" in wanted:
             try:
-                ms = _flashinfer_ms(cell, table, own, call(*own[0]).float())
-                row["tflops"][f"flashinfer {kind}"] = cell.flop / ms / 1e9
+                timed[f"flashinfer {kind}"] = (_flashinfer(cell, table, own, call(*own[0]).float()), own)
             except Exception as error:  # a peer that lacks a feature is a fact for the table
                 row.setdefault("failed", {})[f"flashinfer {kind}"] = peers.reason(error)
+    row["tflops"] = {name: cell.flop / ms / 1e9 for name, ms in in_turn_ms(timed).items()}
     return row
 
 
-def _flashinfer_ms(cell: Cell, table: torch.Tensor, sets: list[tuple], expected: torch.Tensor) -> float:
-    """Milliseconds of FlashInfer on the same pages. Raises where it isn't there or is wrong."""
+def _flashinfer(cell: Cell, table: torch.Tensor, sets: list[tuple], expected: torch.Tensor) -> Callable:
+    """FlashInfer on the same pages. Raises where it isn't there or is wrong."""
     q, k_pool, _ = sets[0]
     call = paged_peers.flashinfer_prefill(q.shape, k_pool, table, cell.mask == "causal")
     difference = (call(*sets[0]).float() - expected).abs().max().item()
     if not difference <= WRONG:
         raise peers.Differs(f"{difference:.2g}")
-    return median_ms(call, sets)
+    return call
 
 
 def collect(

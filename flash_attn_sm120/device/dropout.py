@@ -2,9 +2,8 @@
 
 Philox 4x32 with 7 rounds: key = seed, counter = (head, strip of columns, batch, 32 * strip of rows + lane); strips have
 32 rows and 64 columns. A group is what a lane has of both strips' accumulators of mma.sync: two halves of 32 columns
-and 32 weights. Bit j of a random word belongs to weight j of a half, so that all 32 are compared with the threshold at
-once, a bit of their numbers at a time. flash_attn_sm120/dropout.py says which words those are, and is the same in
-PyTorch.
+and 32 weights. Bit j of a word belongs to weight j of a half, so that all 32 are compared with the threshold at once, a
+bit of their numbers at a time. flash_attn_sm120/dropout.py says which words those are, and is the same in PyTorch.
 Source: Salmon et al., "Parallel Random Numbers: As Easy as 1, 2, 3" (2011).
 """
 
@@ -17,8 +16,8 @@ import cutlass
 from cutlass import Int32, Uint32
 
 from flash_attn_sm120.arguments import Dropout
-from flash_attn_sm120.device.ptx import fma_relu, multiply_wide, subtract_bits, thread_anew
-from flash_attn_sm120.dropout import MIX, MULTIPLIERS, OWN_BITS, ROUNDS, WEYL
+from flash_attn_sm120.device.ptx import fma_relu, multiply_wide, rotate, subtract_bits, thread_anew
+from flash_attn_sm120.dropout import MIX, MULTIPLIERS, OWN_BITS, ROUNDS, WEYL, bits_of_numbers, halves
 
 STRIP = 6  # 2^6 columns
 HALF_FRAGS = 4  # blocks of 8 columns
@@ -54,36 +53,27 @@ def first_rounds(keys: list, strip: Int32, common: tuple) -> tuple:
     return shared_1 ^ (low_1 ^ keys[2][0]), shared_low_1, shared_low_0 ^ (high_0 ^ keys[2][1]), low_0
 
 
-def philox_round(words: tuple, keys: list[Int32] | None = None) -> tuple:
-    high_0, low_0 = multiply_wide(words[0], MULTIPLIERS[0])
-    high_1, low_1 = multiply_wide(words[2], MULTIPLIERS[1])
-    first, second = high_1 ^ words[1], high_0 ^ words[3]
-    return first if keys is None else first ^ keys[0], low_1, second if keys is None else second ^ keys[1], low_0
-
-
-def random_words(keys: list, strip: Int32, common: tuple) -> list[Int32]:
-    """Of a group, as dropout.random_words."""
+def philox(keys: list, strip: Int32, common: tuple) -> tuple:
+    """Of a group, as dropout.philox."""
     state = first_rounds(keys, strip, common)
     for own in keys[3:]:
-        state = philox_round(state, own)
-    words = list(state)
-    for _ in range(3):
-        state = philox_round(philox_round(state))
-        words += state
-    return words[: 2 * OWN_BITS]
+        high_0, low_0 = multiply_wide(state[0], MULTIPLIERS[0])
+        high_1, low_1 = multiply_wide(state[2], MULTIPLIERS[1])
+        state = high_1 ^ state[1] ^ own[0], low_1, high_0 ^ state[3] ^ own[1], low_0
+    return state
 
 
-def compare(words: list[Int32], threshold: list[Int32], carry: Int32) -> list[Int32]:
-    """Of each half, which numbers are below the threshold, or below one more where the group's own number is below the
-    carry: a subtraction from the lowest bit up, of which only the borrow is kept."""
-    borrow = cutlass.select_(Uint32(words[2] * _signed(MIX) + words[3]) < Uint32(carry), Int32(-1), Int32(0))
-    halves = []
-    for first in (0, OWN_BITS):
-        less = borrow
-        for bit, word in zip(threshold, words[first : first + OWN_BITS], strict=True):
-            less = subtract_bits(bit, word, less)
-        halves.append(less)
-    return halves
+def borrow_of(words: tuple, carry: Int32) -> Int32:
+    """All bits set where the group's own number is below the carry, so that its weights' are compared with one more."""
+    return cutlass.select_(Uint32(words[2] * _signed(MIX) + words[3]) < Uint32(carry), Int32(-1), Int32(0))
+
+
+def compare(half: tuple, threshold: list[Int32], borrow: Int32) -> Int32:
+    """Which of a half's numbers are below the threshold: a subtraction from the lowest bit up, of which only the borrow
+    is kept."""
+    for bit, word in zip(threshold, bits_of_numbers(half, rotate), strict=True):
+        borrow = subtract_bits(bit, word, borrow)
+    return borrow
 
 
 def erase(pair: Int32, word: Int32, place: int, dtype: str) -> Int32:
@@ -111,10 +101,11 @@ class Dropper:
     def draw(self, first_col: Int32, m_frags: int, n_frags: int) -> list[Int32]:
         """Of each 32 columns from first_col on: a bit is set where the weight is dropped. The bits of fewer rows or
         columns than a half has are in the places of those that come last."""
-        words = random_words(self.keys, first_col >> STRIP, self.common)
-        found = compare(words, self.threshold, self.carry)
+        words = philox(self.keys, first_col >> STRIP, self.common)
+        parts, borrow = halves(words), borrow_of(words, self.carry)
         if n_frags <= HALF_FRAGS:
-            found = [cutlass.select_((first_col & 32) == 0, *found)]
+            parts = [tuple(cutlass.select_((first_col & 32) == 0, *pair) for pair in zip(*parts, strict=True))]
+        found = [compare(half, self.threshold, borrow) for half in parts]
         if m_frags == 1:
             found = [word << (~thread_anew() >> 3 & 4) for word in found]  # by 4 in warps of an even number
         if n_frags < HALF_FRAGS:

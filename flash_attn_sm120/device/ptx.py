@@ -339,6 +339,14 @@ def subtract_bits(a: Int32, b: Int32, borrow: Int32, *, loc=None, ip=None) -> In
 
 
 @dsl_user_op
+def rotate(a: Int32, places: int, *, loc=None, ip=None) -> Int32:
+    """32 bits, so many places to the left."""
+    operand = Int32(a).ir_value(loc=loc, ip=ip)
+    text = f"shf.l.wrap.b32 $0, $1, $1, {places};"
+    return Int32(_asm(T.i32(), [operand], text, "=r,r", volatile=False, loc=loc, ip=ip))
+
+
+@dsl_user_op
 def fma_relu(a: Int32, factor: int, c: Int32, dtype: str, *, loc=None, ip=None) -> Int32:
     """max(a * factor + c, 0) of packed pairs; factor: the pair's 32 bits."""
     operands = [Int32(x).ir_value(loc=loc, ip=ip) for x in (a, c)]
