@@ -9,7 +9,7 @@ from flash_attn_sm120.problem import ELEMENT_BYTES, AttentionProblem, padded
 
 @dataclass(frozen=True, slots=True)
 class DecodeRow:
-    """A row of a tile table: for head dims up to (head_dim, head_dim_v). stages: granules of keys in flight a warp."""
+    """A row of a tile table: for head dims up to (head_dim, head_dim_v). stages: tiles of K or V in flight a warp."""
 
     head_dim: int
     head_dim_v: int
@@ -31,19 +31,19 @@ DECODE_TILES = (
 )
 DECODE_SPLIT_TILES = (
     DecodeRow(64, 64, tile_m=16, tile_n=32, num_warps=8, stages=3, blocks_per_sm=1),
-    DecodeRow(128, 128, tile_m=16, tile_n=32, num_warps=4, stages=3, blocks_per_sm=1),
+    DecodeRow(128, 128, tile_m=16, tile_n=32, num_warps=4, stages=2, blocks_per_sm=1),
     DecodeRow(192, 192, tile_m=16, tile_n=16, num_warps=4, stages=4, blocks_per_sm=1),
     DecodeRow(256, 256, tile_m=16, tile_n=16, num_warps=4, stages=3, blocks_per_sm=1),
 )
 DECODE_FP8_TILES = (
     DecodeRow(64, 64, tile_m=16, tile_n=32, num_warps=4, stages=5, blocks_per_sm=2),
-    DecodeRow(128, 128, tile_m=16, tile_n=32, num_warps=4, stages=3, blocks_per_sm=2),
+    DecodeRow(128, 128, tile_m=16, tile_n=32, num_warps=4, stages=2, blocks_per_sm=2),
     DecodeRow(192, 192, tile_m=16, tile_n=32, num_warps=4, stages=3, blocks_per_sm=1),
     DecodeRow(256, 256, tile_m=16, tile_n=16, num_warps=4, stages=3, blocks_per_sm=1),
 )
 DECODE_FP8_SPLIT_TILES = (
     DecodeRow(64, 64, tile_m=16, tile_n=32, num_warps=8, stages=5, blocks_per_sm=1),
-    DecodeRow(128, 128, tile_m=16, tile_n=32, num_warps=8, stages=3, blocks_per_sm=1),
+    DecodeRow(128, 128, tile_m=16, tile_n=32, num_warps=8, stages=2, blocks_per_sm=1),
     DecodeRow(192, 192, tile_m=16, tile_n=32, num_warps=4, stages=3, blocks_per_sm=1),
     DecodeRow(256, 256, tile_m=16, tile_n=16, num_warps=4, stages=3, blocks_per_sm=1),
 )

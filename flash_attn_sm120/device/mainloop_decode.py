@@ -1,7 +1,8 @@
 """The rows of one KV head against a part of its keys. The warps of a block share the keys out among themselves.
 
 A warp has a ring of its own in shared memory and waits for nobody: it loads granules of keys, in turn a tile of K and
-one of V, `stages` tiles ahead, and keeps its own statistics and its own O for all rows. They are merged at the end.
+one of V, each into the place of the one that it has just read, and keeps its own statistics and its own O for all rows.
+They are merged at the end.
 """
 
 from __future__ import annotations
@@ -54,7 +55,7 @@ class DecodeLoop:
         self.tSrS = accumulators(plan.tile_m // 16, plan.tile_n // 8)
         self.tOrO = accumulators(plan.tile_m // 16, config.memory.columns_out // 8)
         self.tOrO.fill(0.0)
-        # Where the tile to be multiplied next lies in the ring, and the one before, which is free.
+        # Where the tile that comes next lies in the ring, and the one before, which has been read.
         self.slot = cute.make_rmem_tensor((2,), Int32)
         self.slot[0], self.slot[1] = Int32(0), Int32(self.ahead * config.slot_bytes)
 
@@ -100,17 +101,23 @@ class DecodeLoop:
     def granule(self, first: Int32, step: cutlass.Constexpr, i: Int32, count: Int32, tSrQ: cutlass.Constexpr):
         config, n = self.config, first + i * step
         self.turn(first, step, i, count, 0)
+        self.wait()
         self.operands.scores(tSrQ, self.shared + self.slot[1], self.tSrS)
+        self.turn(first, step, i, count, 1)
         self.modify(n)
         tOrP = self.softmax.update(self.tSrS, self.tOrO, config.p_dtype)
-        self.turn(first, step, i, count, 1)
+        self.wait()
         self.operands.accumulate(tOrP, self.shared + self.slot[1], self.tOrO)
+
+    def wait(self) -> None:
+        """For the tile at slot[1]."""
+        cute.arch.cp_async_wait_group(self.ahead)
+        cute.arch.sync_warp()
 
     @cute.jit
     def turn(self, first: Int32, step: cutlass.Constexpr, i: Int32, count: Int32, is_v: cutlass.Constexpr):
-        """Waits for the next tile, which is at slot[1] then, and starts a load into the place of the one before."""
+        """Starts a load into the place of the tile that has been read; the next one is at slot[1] then."""
         config = self.config
-        cute.arch.cp_async_wait_group(self.ahead - 1)
         cute.arch.sync_warp()
         target = self.shared + self.slot[1]
         loaded = is_v + self.ahead  # tiles after granule i's K

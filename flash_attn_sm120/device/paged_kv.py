@@ -93,6 +93,7 @@ class RowSource:
     """The rows of one (batch, head) of a tensor, to be copied with cp.async in units of 16 bytes."""
 
     units_a_load = 1  # of 16 bytes in shared memory
+    once = False  # whether one thread block alone reads them
 
     def __init__(self, tensor: cute.Tensor, layout: TileLayout, seq: Sequence, head: Int32, packed: bool, cols: int):
         """cols: columns of a row that exist; the layout may have more, which become zeros."""
@@ -122,7 +123,7 @@ class RowSource:
             beyond = i * own.step * layout.row_bytes
             target = shared + own.offset(layout, i, own.unit + unit) - beyond
             offset = chunk * layout.chunk_bytes + beyond
-            cp_async_16(target, address, exists * 16, offset, first_unit * 16)
+            cp_async_16(target, address, exists * 16, offset, first_unit * 16, self.once)
 
     def units(
         self, own: ThreadRows, first_row: Int32, start: Int64, begin: Int32 | None, end: Int32 | None
@@ -138,6 +139,12 @@ class RowSource:
                 if first_byte + own.width * 16 > self.row_bytes:
                     exists = inside & (first_byte + own.unit * 16 < self.row_bytes)
                 yield i, first_unit, address, Int32(exists)
+
+
+class RowsReadOnce(RowSource):
+    """Those that would only take the room in L2 of what all calls read: lengths, tables, parameters, instructions."""
+
+    once = True
 
 
 class KeysAndValues:

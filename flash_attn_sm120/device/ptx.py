@@ -38,10 +38,15 @@ def _unpack(struct: ir.Value, element: ir.Type, count: int, wrap: type, loc=None
 
 @dsl_user_op
 def cp_async_16(
-    shared: Int32, glob: Int64, size: Int32, shared_offset: int = 0, glob_offset: int = 0, *, loc=None, ip=None
+    shared: Int32, glob: Int64, size: Int32, shared_offset: int, glob_offset: int, once: bool, *, loc=None, ip=None
 ) -> None:
-    """Copies 16 bytes, glob + glob_offset to shared + shared_offset; size 0 (not 16) reads nothing and writes zeros."""
-    text = f"cp.async.cg.shared.global.L2::128B [$0+{shared_offset}], [$1+{glob_offset}], 16, $2;"
+    """Copies 16 bytes, glob + glob_offset to shared + shared_offset; size 0 (not 16) reads nothing and writes zeros.
+    once: it won't be read again soon, so that L2 may drop it before all else."""
+    places = f"[$0+{shared_offset}], [$1+{glob_offset}], 16, $2"
+    text = f"cp.async.cg.shared.global.L2::128B {places};"
+    if once:
+        policy = ".reg .b64 policy; createpolicy.fractional.L2::evict_first.b64 policy, 1.0;"
+        text = f"{{ {policy} cp.async.cg.shared.global.L2::cache_hint.L2::128B {places}, policy; }}"
     operands = [Int32(shared), Int64(glob), Int32(size)]
     values = [operand.ir_value(loc=loc, ip=ip) for operand in operands]
     _asm(None, values, text, "r,l,r", volatile=True, loc=loc, ip=ip)

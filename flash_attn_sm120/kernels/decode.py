@@ -17,7 +17,7 @@ from flash_attn_sm120.device.decode_gemm import Keys16
 from flash_attn_sm120.device.fp8 import Keys8
 from flash_attn_sm120.device.mainloop_decode import DecodeLoop
 from flash_attn_sm120.device.merge import Merge
-from flash_attn_sm120.device.paged_kv import KeysAndValues, prefetch_table
+from flash_attn_sm120.device.paged_kv import KeysAndValues, RowsReadOnce, prefetch_table
 from flash_attn_sm120.device.pieces import WHOLE, Cut, Piece, find_piece, parts
 from flash_attn_sm120.device.ptx import PTX_DTYPE, lane_anew
 from flash_attn_sm120.device.rows import Heads, RowTile, VisibleRows, write_note
@@ -162,20 +162,21 @@ class FlashAttentionDecodeSm80:
         shared = cute.arch.get_dyn_smem(cutlass.Uint8, alignment=1024).toint()
         seq_q, seq_k, total_k = sequences(problem, mQ, mK, lengths, piece.batch)
         first, end = self.granules(seq_q, seq_k.length, total_k, numbers)
-        splits = Int32(1)
+        splits, all_granules = Int32(1), end - first
         if cutlass.const_expr(problem.split):
-            splits = parts(cutlass.max(end - first, Int32(0)), piece.chunk)
             first = first + piece.split * piece.chunk
             end = cutlass.min(end, first + piece.chunk)
         scale = numbers.softmax_scale
         if cutlass.const_expr(problem.k_descale):
             scale = scale * modifiers.k_descale[piece.batch, head_kv]
-        keys = KeysAndValues(self, mK, mV, piece.batch, seq_k, head_kv, lengths, lane_anew)
+        keys = KeysAndValues(self, mK, mV, piece.batch, seq_k, head_kv, lengths, lane_anew, source=RowsReadOnce)
         loop = DecodeLoop(self, keys, shared, warp, scale, numbers)
         pages = []
         if cutlass.const_expr(starts_at_first(problem)):  # as early as can be: all else waits for them
             pages = loop.first_pages(first + warp, plan.num_warps)
         rows = VisibleRows(self, mQ, seq_q, piece, head_kv, heads, seq_k.length, total_k, numbers)
+        if cutlass.const_expr(problem.split):  # a division, under the wait for page numbers
+            splits = parts(cutlass.max(all_granules, Int32(0)), piece.chunk)
         note = shared + self.memory.note_offset + warp * NOTE_BYTES
         if loop.lane == 0:
             write_note(note, piece, splits, head_kv, seq_q)

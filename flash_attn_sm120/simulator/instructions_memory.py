@@ -218,13 +218,15 @@ def _cp(m, ins: Instruction):
 
 
 def _cp_async(m, ins: Instruction):
-    """cp.async.{ca,cg}.shared.global [dst], [src], size{, src-size}: bytes beyond src-size become zero."""
+    """cp.async.{ca,cg}.shared.global{.L2::cache_hint} [dst], [src], size{, src-size}{, policy}: bytes beyond src-size
+    become zero."""
     spaces = [p.split("::")[0] for p in ins.parts[3:] if not p.startswith("L2::")]
-    if ins.parts[2] not in ("ca", "cg") or spaces != ["shared", "global"] or len(ins.args) > 4:
+    arguments = ins.args[:-1] if "L2::cache_hint" in ins.parts else ins.args
+    if ins.parts[2] not in ("ca", "cg") or spaces != ["shared", "global"] or not 3 <= len(arguments) <= 4:
         raise unsupported(ins)
-    size = ins.args[2].value
-    destination, source = address_reader(m, ins.args[0], "u32"), address_reader(m, ins.args[1], "u64")
-    amount = m.read(ins.args[3], "u32") if len(ins.args) == 4 else (lambda S: np.uint32(size))
+    size = arguments[2].value
+    destination, source = address_reader(m, arguments[0], "u32"), address_reader(m, arguments[1], "u64")
+    amount = m.read(arguments[3], "u32") if len(arguments) == 4 else (lambda S: np.uint32(size))
 
     def step(S, mask):
         warps, lanes, target = m.accesses(S, mask, destination(S))
