@@ -20,29 +20,29 @@ class DecodeRow:
     blocks_per_sm: int
 
 
-# tile_n: keys of a granule; 32 KB and more in flight on an SM decide. Two blocks an SM hide one another's ends where
-# whole sequences follow one another; parts of one fill each SM once, and fewer of them are sooner combined.
-# Evidence: benchmarks/NOTES.md, "Decode".
+# tile_n: keys of a granule; about 64 KB in flight on an SM are enough, and more make the last ones late. Two blocks an
+# SM hide one another's ends where whole sequences follow one another; parts of one fill each SM once, and fewer of them
+# are sooner combined. Evidence: benchmarks/NOTES.md, "Decode".
 DECODE_TILES = (
-    DecodeRow(64, 64, tile_m=16, tile_n=32, num_warps=4, stages=3, blocks_per_sm=2),
+    DecodeRow(64, 64, tile_m=16, tile_n=32, num_warps=4, stages=2, blocks_per_sm=2),
     DecodeRow(128, 128, tile_m=16, tile_n=16, num_warps=4, stages=3, blocks_per_sm=2),
-    DecodeRow(192, 192, tile_m=16, tile_n=16, num_warps=4, stages=4, blocks_per_sm=1),
+    DecodeRow(192, 192, tile_m=16, tile_n=16, num_warps=4, stages=3, blocks_per_sm=1),
     DecodeRow(256, 256, tile_m=16, tile_n=16, num_warps=4, stages=3, blocks_per_sm=1),
 )
 DECODE_SPLIT_TILES = (
-    DecodeRow(64, 64, tile_m=16, tile_n=32, num_warps=8, stages=3, blocks_per_sm=1),
+    DecodeRow(64, 64, tile_m=16, tile_n=32, num_warps=8, stages=2, blocks_per_sm=1),
     DecodeRow(128, 128, tile_m=16, tile_n=32, num_warps=4, stages=2, blocks_per_sm=1),
-    DecodeRow(192, 192, tile_m=16, tile_n=16, num_warps=4, stages=4, blocks_per_sm=1),
+    DecodeRow(192, 192, tile_m=16, tile_n=16, num_warps=4, stages=3, blocks_per_sm=1),
     DecodeRow(256, 256, tile_m=16, tile_n=16, num_warps=4, stages=3, blocks_per_sm=1),
 )
 DECODE_FP8_TILES = (
-    DecodeRow(64, 64, tile_m=16, tile_n=32, num_warps=4, stages=5, blocks_per_sm=2),
+    DecodeRow(64, 64, tile_m=16, tile_n=32, num_warps=4, stages=3, blocks_per_sm=2),
     DecodeRow(128, 128, tile_m=16, tile_n=32, num_warps=4, stages=2, blocks_per_sm=2),
     DecodeRow(192, 192, tile_m=16, tile_n=32, num_warps=4, stages=3, blocks_per_sm=1),
     DecodeRow(256, 256, tile_m=16, tile_n=16, num_warps=4, stages=3, blocks_per_sm=1),
 )
 DECODE_FP8_SPLIT_TILES = (
-    DecodeRow(64, 64, tile_m=16, tile_n=32, num_warps=8, stages=5, blocks_per_sm=1),
+    DecodeRow(64, 64, tile_m=16, tile_n=32, num_warps=8, stages=3, blocks_per_sm=1),
     DecodeRow(128, 128, tile_m=16, tile_n=32, num_warps=8, stages=2, blocks_per_sm=1),
     DecodeRow(192, 192, tile_m=16, tile_n=32, num_warps=4, stages=3, blocks_per_sm=1),
     DecodeRow(256, 256, tile_m=16, tile_n=16, num_warps=4, stages=3, blocks_per_sm=1),

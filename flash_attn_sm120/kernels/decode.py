@@ -162,8 +162,9 @@ class FlashAttentionDecodeSm80:
         shared = cute.arch.get_dyn_smem(cutlass.Uint8, alignment=1024).toint()
         seq_q, seq_k, total_k = sequences(problem, mQ, mK, lengths, piece.batch)
         first, end = self.granules(seq_q, seq_k.length, total_k, numbers)
-        splits, all_granules = Int32(1), end - first
+        splits = Int32(1)
         if cutlass.const_expr(problem.split):
+            splits = parts(cutlass.max(end - first, Int32(0)), piece.chunk)
             first = first + piece.split * piece.chunk
             end = cutlass.min(end, first + piece.chunk)
         scale = numbers.softmax_scale
@@ -175,8 +176,6 @@ class FlashAttentionDecodeSm80:
         if cutlass.const_expr(starts_at_first(problem)):  # as early as can be: all else waits for them
             pages = loop.first_pages(first + warp, plan.num_warps)
         rows = VisibleRows(self, mQ, seq_q, piece, head_kv, heads, seq_k.length, total_k, numbers)
-        if cutlass.const_expr(problem.split):  # a division, under the wait for page numbers
-            splits = parts(cutlass.max(all_granules, Int32(0)), piece.chunk)
         note = shared + self.memory.note_offset + warp * NOTE_BYTES
         if loop.lane == 0:
             write_note(note, piece, splits, head_kv, seq_q)
