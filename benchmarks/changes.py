@@ -15,7 +15,6 @@ import math
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from statistics import median
 
 import torch
 
@@ -23,7 +22,7 @@ from flash_attn_sm120 import mods, reference
 from flash_attn_sm120.arguments import Arguments, Modifiers, Numbers
 from flash_attn_sm120.bench.forward import Cell, launcher, ours, queue_for
 from flash_attn_sm120.bench.sm120_mode import padded_smem
-from flash_attn_sm120.bench.timing import median_ms
+from flash_attn_sm120.bench.timing import in_turn_ms
 from flash_attn_sm120.block_sparse import BlockSparseTensors
 from flash_attn_sm120.changes import changes_of, kernel_fields, problem_fields
 from flash_attn_sm120.checks import target_of
@@ -107,11 +106,8 @@ def measure(cell: Cell, name: str, options: dict, work: float, arguments: argpar
     (problem, changes), plans = plans_of(cell, options, arguments.every_plan)
     calls = [call_of(cell, problem, changes, plan, arguments.occupancy) for plan in plans[:2]]
     difference = [check(cell, options, call, sets[0]) for call in calls]
-    times: list[list[float]] = [[] for _ in (dense, *calls)]
-    for _ in range(arguments.turns):
-        for found, call in zip(times, (dense, *calls), strict=True):
-            found.append(median_ms(call, sets, repeats=arguments.repeats, warm_up=2))
-    base, *every = map(median, times)
+    timed = {i: (call, sets) for i, call in enumerate((dense, *calls))}
+    base, *every = in_turn_ms(timed, arguments.turns, arguments.repeats).values()
     rows = []
     for plan, ms, far in zip(plans, every, difference, strict=False):
         tile = f"{plan.tile_m}x{plan.tile_n}"

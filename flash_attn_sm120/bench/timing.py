@@ -5,8 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from itertools import cycle
 from statistics import median
+from typing import TypeVar
 
 import torch
+
+Key = TypeVar("Key")
 
 
 def median_ms(call: Callable[..., object], inputs: list[tuple], repeats: int = 20, warm_up: int = 5) -> float:
@@ -23,11 +26,13 @@ def median_ms(call: Callable[..., object], inputs: list[tuple], repeats: int = 2
     return median(start.elapsed_time(end) for start, end in pairs)
 
 
-def in_turn_ms(timed: dict[str, tuple[Callable[..., object], list[tuple]]], turns: int = 7) -> dict[str, float]:
-    """Median milliseconds of each (call, inputs) by name, in short rows one after the other and again from the first: a
+def in_turn_ms(
+    timed: dict[Key, tuple[Callable[..., object], list[tuple]]], turns: int = 7, repeats: int = 5
+) -> dict[Key, float]:
+    """Median milliseconds of each (call, inputs), in rows of `repeats` one after the other and again from the first: a
     GPU slows down as it gets warm."""
-    found: dict[str, list[float]] = {name: [] for name in timed}
+    found: dict[Key, list[float]] = {name: [] for name in timed}
     for _ in range(turns):
         for name, (call, inputs) in timed.items():
-            found[name].append(median_ms(call, inputs, repeats=5, warm_up=2))
+            found[name].append(median_ms(call, inputs, repeats=repeats, warm_up=2))
     return {name: median(times) for name, times in found.items()}
