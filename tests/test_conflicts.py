@@ -141,3 +141,15 @@ def test_changed_calls_of_few_rows_are_not_decoded(rows, recorder):
     for given in ({"dropout_p": 0.1}, {"mask_mod": keep_all}, {"block_sparse_tensors": lists}, {}):
         flash_attn_func(q, k, k, **given)
     assert [problem.decode for problem in recorder.problems] == [False, False, False, True]
+
+
+def test_only_decode_lets_keys_give_way_in_l2():
+    """Prefill's blocks of other heads and rows read them again."""
+    pytest.importorskip("cutlass")
+    from flash_attn_sm120.compile import build
+
+    for decode in (False, True):
+        problem = AttentionProblem("bfloat16", 64, 64, seqused_k=True, page_size=24, decode=decode, split=decode)
+        ptx = build(problem, dispatch.choose(problem), "sm_120a", keep=True).__ptx__
+        copies = [line for line in ptx.splitlines() if "cp.async.cg" in line]
+        assert copies and all(("L2::cache_hint" in line) == decode for line in copies)
