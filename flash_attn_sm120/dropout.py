@@ -18,8 +18,8 @@ WEYL = (0x9E3779B9, 0xBB67AE85)
 ROUNDS = 7
 OWN_BITS = 7  # of a weight's number, each a bit of another random word
 MIX = 0x9E3779B9  # times the third of Philox's words, plus the fourth: the group's number
-# The words of a half are the first two of its four and five more: word x turned left by so many places, and words y and
-# z. A half's four are Philox's or, for the second half, Philox's third, fourth, first and second. Any two weights'
+# The words of a half are the first two of its four and five more: word x rotated left by so many places, xor words y
+# and z. A half's four are Philox's or, for the second half, Philox's third, fourth, first and second. Any two weights'
 # bits are independent so, and what the bits of any three have in common hangs on the lowest of them.
 FURTHER = ((2, 9, 2, 3), (2, 18, 0, 2), (0, 29, 1, 3), (1, 11, 1, 2), (2, 31, 0, 3))  # x, places, y, z
 WORD = 0xFFFFFFFF
@@ -89,12 +89,12 @@ def halves(words: tuple) -> list[tuple]:
     return [words, (*words[2:], *words[:2])]
 
 
-def bits_of_numbers(words: tuple, turn: Callable) -> list:
-    """Of a half's weights, from the lowest up: bit j of each word is weight j's. turn(word, places): to the left."""
-    return [*words[:2], *(turn(words[x], places) ^ words[y] ^ words[z] for x, places, y, z in FURTHER)]
+def bits_of_numbers(words: tuple, rotate: Callable) -> list:
+    """Of a half's weights, from the lowest up: bit j of each word is weight j's. rotate: rotate_left of such words."""
+    return [*words[:2], *(rotate(words[x], places) ^ words[y] ^ words[z] for x, places, y, z in FURTHER)]
 
 
-def turn_left(word: torch.Tensor, places: int) -> torch.Tensor:
+def rotate_left(word: torch.Tensor, places: int) -> torch.Tensor:
     return (word << places | word >> 32 - places) & WORD
 
 
@@ -105,7 +105,7 @@ def compare(words: tuple, dropout_p: float) -> list[torch.Tensor]:
     found = []
     for half in halves(words):
         less = borrow
-        for i, word in enumerate(bits_of_numbers(half, turn_left)):
+        for i, word in enumerate(bits_of_numbers(half, rotate_left)):
             bit = WORD * (whole >> i & 1)
             less = bit & ~word | ~(bit ^ word) & less
         found.append(less & WORD)
@@ -115,14 +115,11 @@ def compare(words: tuple, dropout_p: float) -> list[torch.Tensor]:
 def philox(counter: tuple, key: tuple[int, int]) -> tuple:
     """Four words of counters, int64 tensors that hold 32 bits, to as many random ones."""
     for turn in range(ROUNDS):
-        counter = philox_round(counter, *(word + turn * step & WORD for word, step in zip(key, WEYL, strict=True)))
+        products = [counter[2 * i] * MULTIPLIERS[i] for i in range(2)]
+        high, low = ([product >> shift & WORD for product in products] for shift in (32, 0))
+        keys = [word + turn * step & WORD for word, step in zip(key, WEYL, strict=True)]
+        counter = (high[1] ^ counter[1] ^ keys[0], low[1], high[0] ^ counter[3] ^ keys[1], low[0])
     return counter
-
-
-def philox_round(words: tuple, first_key: int, second_key: int) -> tuple:
-    products = [words[2 * i] * MULTIPLIERS[i] for i in range(2)]
-    high, low = ([product >> shift & WORD for product in products] for shift in (32, 0))
-    return high[1] ^ words[1] ^ first_key, low[1], high[0] ^ words[3] ^ second_key, low[0]
 
 
 def check_dropout_p(value: Any) -> float:

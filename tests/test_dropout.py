@@ -8,7 +8,7 @@ from oracle import assert_right, ints, marks, rand
 from sparse_cases import random_blocks
 
 from flash_attn_sm120 import dropout_mask, flash_attn_func, flash_attn_varlen_func, reference
-from flash_attn_sm120.dropout import OWN_BITS, bits_of_numbers, halves, philox, split_chance, thresholds, turn_left
+from flash_attn_sm120.dropout import OWN_BITS, bits_of_numbers, halves, philox, rotate_left, split_chance, thresholds
 from flash_attn_sm120.problem import AttentionProblem
 
 BF16, FP16 = torch.bfloat16, torch.float16
@@ -85,9 +85,10 @@ def test_bits_of_two_weights_are_independent(first, second):
     count = 1 << 18
     generator = torch.Generator().manual_seed(SEED)
     counter = torch.randint(0, 1 << 32, (4, count), generator=generator)
-    words = torch.stack([word for half in halves(philox(counter, (1, 2))) for word in bits_of_numbers(half, turn_left)])
+    made = [bits_of_numbers(half, rotate_left) for half in halves(philox(counter, (1, 2)))]
+    words = torch.stack([word for half in made for word in half])
     signs = (1 - 2 * (words[:, None] >> torch.arange(32)[:, None] & 1)).to(torch.int8)  # (word, place, count)
-    rows, columns = (signs[7 * half :][:7].flatten(0, 1).float() for half in (first, second))
+    rows, columns = (signs[OWN_BITS * half :][:OWN_BITS].flatten(0, 1).float() for half in (first, second))
     sums = (rows @ columns.T).abs()
     if first == second:
         sums.fill_diagonal_(0)
@@ -109,7 +110,7 @@ def rank(vectors):
 def test_bits_of_two_weights_depend_on_other_bits_of_philox():
     """Exactly: no sum of bits of two weights' numbers is always 0, nor of the 64 top bits of a group."""
     sources = [tuple(1 << bit if word == own else 0 for own in range(4)) for word in range(4) for bit in range(32)]
-    made = [[bits_of_numbers(half, turn_left) for half in halves(words)] for words in sources]
+    made = [[bits_of_numbers(half, rotate_left) for half in halves(words)] for words in sources]
     places = [(half, place) for half in range(2) for place in range(32)]
     vectors = {
         (half, place): [

@@ -78,13 +78,14 @@ def measure(cell: Cell, page_size: int, occupancy: str, wanted: Sequence[str] = 
         own = [prepare(*tensors) for tensors in sets]
         q, k, v = sets[0]
         expected = dense(q, k.to(dtype).to(k.dtype), v.to(dtype).to(v.dtype)).float()
-        difference = (call(*own[0]).float() - expected).abs().max().item()
+        result = call(*own[0]).float()
+        difference = (result - expected).abs().max().item()
         if not difference <= WRONG:
             raise RuntimeError(f"{cell.name}, pages of {page_size}, {kind}: differs by {difference:.2g}")
         row["difference"][kind], timed[kind] = difference, (call, own)
         if "flashinfer" in wanted:
             try:
-                timed[f"flashinfer {kind}"] = (_flashinfer(cell, table, own, call(*own[0]).float()), own)
+                timed[f"flashinfer {kind}"] = (_flashinfer(cell, table, own, result), own)
             except Exception as error:  # a peer that lacks a feature is a fact for the table
                 row.setdefault("failed", {})[f"flashinfer {kind}"] = peers.reason(error)
     row["tflops"] = {name: cell.flop / ms / 1e9 for name, ms in in_turn_ms(timed).items()}

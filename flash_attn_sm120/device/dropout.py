@@ -16,11 +16,11 @@ import cutlass
 from cutlass import Int32, Uint32
 
 from flash_attn_sm120.arguments import Dropout
-from flash_attn_sm120.device.ptx import fma_relu, multiply_wide, rotate, subtract_bits, thread_anew
-from flash_attn_sm120.dropout import MIX, MULTIPLIERS, OWN_BITS, ROUNDS, WEYL, bits_of_numbers, halves
+from flash_attn_sm120.device.ptx import fma_relu, multiply_wide, rotate_left, subtract_bits, thread_anew
+from flash_attn_sm120.device.seqlen import divide
+from flash_attn_sm120.dropout import MIX, MULTIPLIERS, OWN_BITS, ROUNDS, SIDES, WEYL, bits_of_numbers, halves
 
-STRIP = 6  # 2^6 columns
-HALF_FRAGS = 4  # blocks of 8 columns
+HALF_FRAGS = SIDES[1] // 2 // 8  # blocks of 8 columns
 # By dtype: from bit 14 of a half word down, how many bits are numbers that `factor` makes larger than any weight before
 # it is normalised, 2^8; factor: the largest power of two there is, or the largest number, both negative and twice.
 ERASERS = {"bf16": (5, 0xFF00FF00), "f16": (2, 0xFBFFFBFF)}
@@ -71,7 +71,7 @@ def borrow_of(words: tuple, carry: Int32) -> Int32:
 def compare(half: tuple, threshold: list[Int32], borrow: Int32) -> Int32:
     """Which of a half's numbers are below the threshold: a subtraction from the lowest bit up, of which only the borrow
     is kept."""
-    for bit, word in zip(threshold, bits_of_numbers(half, rotate), strict=True):
+    for bit, word in zip(threshold, bits_of_numbers(half, rotate_left), strict=True):
         borrow = subtract_bits(bit, word, borrow)
     return borrow
 
@@ -93,7 +93,7 @@ class Dropper:
     def __init__(self, dropout: Dropout, first_row: Int32, head: Int32, batch: Int32, lane: Int32):
         """first_row: of the warp, a multiple of 16."""
         self.keys = round_keys((Int32(dropout.seed[0]), Int32(dropout.seed[1])))
-        self.common = common_part(self.keys, (first_row >> 5) * 32 + lane, head, batch)
+        self.common = common_part(self.keys, divide(first_row, SIDES[0]) * 32 + lane, head, batch)
         # each bit in all places of a word; no lane's own
         self.threshold = [-(dropout.threshold >> i & 1) for i in range(OWN_BITS)]
         self.carry = dropout.carry
@@ -101,7 +101,7 @@ class Dropper:
     def draw(self, first_col: Int32, m_frags: int, n_frags: int) -> list[Int32]:
         """Of each 32 columns from first_col on: a bit is set where the weight is dropped. The bits of fewer rows or
         columns than a half has are in the places of those that come last."""
-        words = philox(self.keys, first_col >> STRIP, self.common)
+        words = philox(self.keys, divide(first_col, SIDES[1]), self.common)
         parts, borrow = halves(words), borrow_of(words, self.carry)
         if n_frags <= HALF_FRAGS:
             parts = [tuple(cutlass.select_((first_col & 32) == 0, *pair) for pair in zip(*parts, strict=True))]

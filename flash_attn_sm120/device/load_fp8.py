@@ -107,9 +107,6 @@ class Fp8Loader(QueryLoader):
         self.slots, self.page = (cute.make_rmem_tensor((size,), Int32) for size in (IN_FLIGHT * WORDS, 1))
         self.first_block = None
 
-    def load_q(self, barrier: cute.Pointer) -> None:
-        """See ForwardTile.load_own_q."""
-
     def begin(self, blocks: BlockRange, stage: Stage) -> None:
         """Starts the first loads, of the last block."""
         self.first_block = blocks.begin

@@ -49,9 +49,6 @@ class Fp8BoxLoader(PageLoader):
         self.box_bits = (self.keys.page_size // k.rows - 1).bit_length()
         self.number = cute.make_rmem_tensor((1,), Int32)  # of the warp, among those that load
 
-    def load_q(self, barrier: cute.Pointer) -> None:
-        """See ForwardTile.load_own_q."""
-
     @cute.jit
     def feed(self, stage: Stage):
         """All tiles, K and V of a block in turn. What notes hold is read anew for each block, as few registers are left

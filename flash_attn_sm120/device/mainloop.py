@@ -172,7 +172,8 @@ class ForwardTile:
         if self.copies():
             if cutlass.const_expr(self.loader.warps > 1):
                 cute.arch.barrier(barrier_id=COPYING_BARRIER, number_of_threads=32 * self.loader.warps)
-            self.loader.load_q(self.q_full)
+            if cutlass.const_expr(not self.config.loads_own_q):
+                self.loader.load_q(self.q_full)
             self.load_first(blocks)
         if self.thread == 0:
             self.write_note(blocks)

@@ -40,9 +40,6 @@ class KeyLoader(CpAsyncLoader):
         self.keys = KeysAndValues(config, mK, mV, Int32(0), seq_k, head_kv, None, self.thread, self.warps)
         self.keys.bounds = (None, seq_k.length)
 
-    def load_q(self, barrier: cute.Pointer) -> None:
-        """See StripTile.load_q."""
-
     def anew(self, start: Int32) -> KeyLoader:
         """The same; nothing that follows from the sequence's start holds a register from before it was read."""
         return KeyLoader(self.config, *self.inputs, replace(self.seq_k, start=start))

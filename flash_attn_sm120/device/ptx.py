@@ -344,8 +344,8 @@ def subtract_bits(a: Int32, b: Int32, borrow: Int32, *, loc=None, ip=None) -> In
 
 
 @dsl_user_op
-def rotate(a: Int32, places: int, *, loc=None, ip=None) -> Int32:
-    """32 bits, so many places to the left."""
+def rotate_left(a: Int32, places: int, *, loc=None, ip=None) -> Int32:
+    """The bits that leave at the top come back at the bottom."""
     operand = Int32(a).ir_value(loc=loc, ip=ip)
     text = f"shf.l.wrap.b32 $0, $1, $1, {places};"
     return Int32(_asm(T.i32(), [operand], text, "=r,r", volatile=False, loc=loc, ip=ip))

@@ -48,7 +48,7 @@ class FlashAttentionForwardSm80:
         self.dtype = PTX_DTYPE[problem.dtype]
         # 8-bit values are exact in f16, which takes one conversion a pair where bf16 takes four; P is up to 2^GROWTH
         self.mma_dtype = "f16" if problem.kv_dtype else self.dtype
-        self.loads_own_q = bool(problem.kv_dtype)  # the matrix warps do
+        self.loads_own_q = bool(problem.kv_dtype or problem.dual_group)  # the matrix warps do
         self.q_to_f16 = self.mma_dtype != self.dtype
         self.num_threads = 32 * (plan.num_warps + plan.loading_warps)
         self.warp_rows = plan.tile_m // plan.num_warps
