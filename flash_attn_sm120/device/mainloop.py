@@ -336,8 +336,11 @@ class ForwardTile:
 
     @property
     def elects(self) -> bool:
-        """Whether the chip chooses the lane that arrives."""
-        return self.config.plan.hands_over_registers
+        """Whether the chip chooses the lane that arrives: 2% faster without a mask in the largest tile; elsewhere ptxas
+        hasn't the registers for what it elects with."""
+        config = self.config
+        largest = self.fills_registers and not config.plan.q_in_registers
+        return config.plan.hands_over_registers and largest and config.problem.mask == "full"
 
     def skip(self, i: Int32) -> None:
         """In place of block."""
@@ -405,7 +408,8 @@ class ForwardTile:
         if config.problem.dropout:
             tOrP = self.dropped(n, i, masked)
         else:
-            tOrP = self.softmax.update(self.tSrS, self.tOrO, config.mma_dtype)
+            self.softmax.follow(self.tSrS, self.tOrO)
+            tOrP = self.softmax.probabilities(self.tSrS, config.mma_dtype)
         sV = config.layout_v.matrix(shared, self.lane, config.offset_v)
         pv_product(sV, tOrP, self.tOrO, config.mma_dtype)
 

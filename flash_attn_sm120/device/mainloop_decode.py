@@ -8,34 +8,13 @@ They are merged at the end.
 from __future__ import annotations
 
 import cutlass
-from cutlass import Boolean, Float32, Int32, cute
+from cutlass import Float32, Int32, cute
 
 from flash_attn_sm120.device.fragments import accumulators
 from flash_attn_sm120.device.paged_kv import KeysAndValues
 from flash_attn_sm120.device.ptx import fma
 from flash_attn_sm120.device.rows import VisibleRows
-from flash_attn_sm120.device.softmax import GROWTH, OnlineSoftmax, apply_softcap, quad_reduce, tree_reduce
-
-
-class DecodeSoftmax(OnlineSoftmax):
-    """OnlineSoftmax without a shuffle as long as no row grows: lanes look at their own scores only."""
-
-    @cute.jit
-    def follow(self, tSrS: cute.Tensor, tOrO: cute.Tensor):
-        own_max = [self._own_max(tSrS, r) for r in range(self.rows)]
-        grown = Boolean(False)
-        for r in cutlass.range_constexpr(self.rows):
-            grown = grown | ((own_max[r] - self.row_max[r]) * self.scale > GROWTH)
-        if cute.arch.vote_any_sync(grown):
-            self._grow(own_max, tOrO)
-
-    def _own_max(self, tSrS: cute.Tensor, r: int) -> Float32:
-        m, half = r // 2, r % 2
-        return tree_reduce([tSrS[m, n, 2 * half + j] for n in range(tSrS.shape[1]) for j in range(2)], cute.arch.fmax)
-
-    def _grow(self, own_max: list, tOrO: cute.Tensor) -> None:
-        new_max = [cute.arch.fmax(self.row_max[r], quad_reduce(own_max[r], cute.arch.fmax)) for r in range(self.rows)]
-        self._rescale(new_max, tOrO)
+from flash_attn_sm120.device.softmax import OnlineSoftmax, apply_softcap, quad_reduce
 
 
 class DecodeLoop:
@@ -50,7 +29,7 @@ class DecodeLoop:
         self.ahead = plan.stages - 1
         self.operands = config.operands(self.lane, shared, self.shared)
         self.scale = score_scale
-        self.softmax = DecodeSoftmax(plan.tile_m // 16)
+        self.softmax = OnlineSoftmax(plan.tile_m // 16)
         self.softmax.start(Float32(1.0) if problem.softcap or problem.alibi else score_scale)
         self.tSrS = accumulators(plan.tile_m // 16, plan.tile_n // 8)
         self.tOrO = accumulators(plan.tile_m // 16, config.memory.columns_out // 8)
@@ -105,7 +84,8 @@ class DecodeLoop:
         self.operands.scores(tSrQ, self.shared + self.slot[1], self.tSrS)
         self.turn(first, step, i, count, 1)
         self.modify(n)
-        tOrP = self.softmax.update(self.tSrS, self.tOrO, config.p_dtype)
+        self.softmax.follow(self.tSrS, self.tOrO)
+        tOrP = self.softmax.probabilities(self.tSrS, config.p_dtype)
         self.wait()
         self.operands.accumulate(tOrP, self.shared + self.slot[1], self.tOrO)
 

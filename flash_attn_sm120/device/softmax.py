@@ -20,7 +20,6 @@ from flash_attn_sm120.problem import AttentionProblem
 
 NEG_INF = -math.inf
 GROWTH = 8.0  # in the base-2 exponent
-PAIRED_SUMS = 4  # blocks of 8 columns
 
 
 def tree_reduce(values: list, combine):
@@ -87,25 +86,20 @@ class OnlineSoftmax:
             self.row_sum[r] = Float32(0.0)
 
     @cute.jit
-    def update(self, tSrS: cute.Tensor, tOrO: cute.Tensor, dtype: cutlass.Constexpr) -> list:
-        """Takes a block's scores in: rescales tOrO, returns P (not yet divided by the row sums) as A operand of P V,
-        [16 keys][m] -> packed pairs (rows 0-7, 8-15 of keys 0-7, then of keys 8-15)."""
-        self.follow(tSrS, tOrO)
-        return self._probabilities(tSrS, dtype)
-
-    @cute.jit
     def follow(self, tSrS: cute.Tensor, tOrO: cute.Tensor):
-        """The maxima's part of update."""
-        new_max = [self._block_max(tSrS, r) for r in range(self.rows)]
+        """Takes a block's scores in, and rescales tOrO where a row has grown. Lanes look at their own scores, and ask
+        the others of their rows only once one in the warp has found so."""
+        own_max = [self._own_max(tSrS, r) for r in range(self.rows)]
         grown = cutlass.Boolean(False)
         for r in cutlass.range_constexpr(self.rows):
-            grown = grown | ((new_max[r] - self.row_max[r]) * self.scale > GROWTH)
+            grown = grown | ((own_max[r] - self.row_max[r]) * self.scale > GROWTH)
         if cute.arch.vote_any_sync(grown):
-            self._rescale(new_max, tOrO)
+            self._rescale(own_max, tOrO)
 
     def probabilities(self, tSrS: cute.Tensor, dtype: str) -> Iterator[list]:
-        """What update returns, each 16 keys' once they are asked for: ptxas keeps to that order and so puts them and
-        what is done with them between the products."""
+        """P of the block that follow has taken in, not yet divided by the row sums, as A operand of P V: of 16 keys
+        after another, [m] -> packed pairs (rows 0-7, 8-15 of keys 0-7, then of keys 8-15). Each 16 keys' once they are
+        asked for, as ptxas keeps to that order and so puts them between the products."""
         m_frags, n_frags, _ = tSrS.shape
         offsets = [-self.row_max[r] * self.scale for r in range(self.rows)]
         for first in range(0, n_frags, 2):
@@ -126,12 +120,12 @@ class OnlineSoftmax:
         """Of two neighbouring columns."""
         return [exp2(fma(tSrS[m, n, 2 * half + j], self.scale, offset)) for j in range(2)]
 
-    def _block_max(self, tSrS: cute.Tensor, r: int) -> Float32:
+    def _own_max(self, tSrS: cute.Tensor, r: int) -> Float32:
         m, half = r // 2, r % 2
-        scores = [tSrS[m, n, 2 * half + j] for n in range(tSrS.shape[1]) for j in range(2)]
-        return quad_reduce(tree_reduce([self.row_max[r], *scores], cute.arch.fmax), cute.arch.fmax)
+        return tree_reduce([tSrS[m, n, 2 * half + j] for n in range(tSrS.shape[1]) for j in range(2)], cute.arch.fmax)
 
-    def _rescale(self, new_max: list[Float32], tOrO: cute.Tensor) -> None:
+    def _rescale(self, own_max: list[Float32], tOrO: cute.Tensor) -> None:
+        new_max = [cute.arch.fmax(self.row_max[r], quad_reduce(own_max[r], cute.arch.fmax)) for r in range(self.rows)]
         factors = []
         for r in range(self.rows):
             factors.append(exp2(fma(self.row_max[r], self.scale, -new_max[r] * self.scale)))
@@ -139,30 +133,6 @@ class OnlineSoftmax:
             self.row_sum[r] = self.row_sum[r] * factors[r]
         for m, n, i in elements(tOrO):
             tOrO[m, n, i] = tOrO[m, n, i] * factors[2 * m + i // 2]
-
-    def _probabilities(self, tSrS: cute.Tensor, dtype: str) -> list:
-        """A row's exponentials are added in pairs, so that no step waits for all before it, or one by one where a wide
-        block or Q leaves no registers for that."""
-        m_frags, n_frags, _ = tSrS.shape
-        in_pairs = m_frags > 1 and n_frags <= PAIRED_SUMS
-        pairs = {}
-        for r in range(self.rows):
-            m, half = r // 2, r % 2
-            offset = -self.row_max[r] * self.scale
-            sums = []
-            for n in range(n_frags):
-                low, high = self._exponentials(tSrS, m, n, half, offset)
-                if in_pairs:
-                    sums.append(low + high)
-                else:
-                    self.row_sum[r] = (self.row_sum[r] + low) + high
-                pairs[m, half, n] = pack_pair(low, high, dtype)
-            if sums:
-                self.row_sum[r] = self.row_sum[r] + tree_reduce(sums, operator.add)
-        return [
-            [[pairs[m, half, n + right] for right in range(2) for half in range(2)] for m in range(m_frags)]
-            for n in range(0, n_frags, 2)
-        ]
 
     def finish(
         self, first_row: Int32, seqlen_q: Int32, constant: Float32 | float = 0.0, sink: Float32 | None = None
