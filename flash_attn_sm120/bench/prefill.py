@@ -2,8 +2,9 @@
 
     python benchmarks/prefill.py [--occupancy sm120|device] [--json FILE]
 
-TFLOPS as benchmarks/forward.py counts them. Pages lie in random order. FlashInfer's numbers are those of
-benchmarks/NOTES.md where it isn't installed.
+TFLOPS as benchmarks/forward.py counts them. Pages lie in random order. In turn: the calls one after the other, at the
+clock that all of them together leave; alone: each once it has run by itself for half a second. FlashInfer's numbers are
+those of benchmarks/NOTES.md where it isn't installed.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from flash_attn_sm120.bench import paged_peers, peers
 from flash_attn_sm120.bench.collect import Save, Watch, collect_rows, conditions
 from flash_attn_sm120.bench.forward import MASKS, SIZES, WRONG, Cell, launcher, ours
 from flash_attn_sm120.bench.sm120_mode import padded_smem
-from flash_attn_sm120.bench.timing import in_turn_ms
+from flash_attn_sm120.bench.timing import alone_ms, in_turn_ms
 from flash_attn_sm120.dispatch import choose
 from flash_attn_sm120.problem import AttentionProblem
 
@@ -67,8 +68,8 @@ def paged(cell: Cell, page_size: int, kind: str, occupancy: str) -> tuple[Callab
 
 
 def measure(cell: Cell, page_size: int, occupancy: str, wanted: Sequence[str] = ()) -> dict:
-    """TFLOPS of each, all in turn, and the largest difference from the dense kernel on what the pages hold; a wanted
-    peer's are under its name and kind."""
+    """TFLOPS of each, all in turn and each alone, and the largest difference from the dense kernel on what the pages
+    hold; a wanted peer's are under its name and kind."""
     sets = [cell.inputs() for _ in range(3)]
     dense = ours(cell, occupancy)["ours"][1]
     row = {"cell": cell.name, "page_size": page_size, "difference": {}}
@@ -88,7 +89,8 @@ def measure(cell: Cell, page_size: int, occupancy: str, wanted: Sequence[str] = 
                 timed[f"flashinfer {kind}"] = (_flashinfer(cell, table, own, result), own)
             except Exception as error:  # a peer that lacks a feature is a fact for the table
                 row.setdefault("failed", {})[f"flashinfer {kind}"] = peers.reason(error)
-    row["tflops"] = {name: cell.flop / ms / 1e9 for name, ms in in_turn_ms(timed).items()}
+    for way, measured in (("tflops", in_turn_ms(timed)), ("alone", alone_ms(timed))):
+        row[way] = {name: cell.flop / ms / 1e9 for name, ms in measured.items()}
     return row
 
 
@@ -118,14 +120,17 @@ def main() -> None:
     arguments = parser.parse_args()
     found = conditions(arguments.occupancy)
     print(f"{found['device']}, torch {found['torch']}, occupancy {arguments.occupancy}, TFLOPS\n")
-    print("| cell | dense | paged | e4m3, paged | paged / dense | e4m3 / bf16 |\n| --- | --- | --- | --- | --- | --- |")
+    titles = [f"{name}, {way}" for way in ("in turn", "alone") for name in ("dense", "paged", "e4m3, paged")]
+    titles = ["cell", *titles, "paged / dense", "e4m3 / bf16, in turn", "e4m3 / bf16, alone"]
+    print(f"| {' | '.join(titles)} |\n{'| --- ' * len(titles)}|")
     rows = []
     for cell in CELLS:
         rows.append(measure(cell, arguments.page_size, arguments.occupancy))
-        speed = rows[-1]["tflops"]
-        ratios = f"{speed['bf16'] / speed['dense']:.2f} | {speed['e4m3'] / speed['bf16']:.2f}"
-        speeds = " | ".join(f"{speed[name]:.0f}" for name in ("dense", "bf16", "e4m3"))
-        print(f"| {cell.name} | {speeds} | {ratios} |", flush=True)
+        ways = [rows[-1]["tflops"], rows[-1]["alone"]]
+        numbers = [f"{speed[name]:.0f}" for speed in ways for name in ("dense", "bf16", "e4m3")]
+        numbers.append(f"{ways[0]['bf16'] / ways[0]['dense']:.2f}")
+        numbers += [f"{speed['e4m3'] / speed['bf16']:.3f}" for speed in ways]
+        print(f"| {cell.name} | {' | '.join(numbers)} |", flush=True)
     if arguments.json:
         arguments.json.write_text(json.dumps(found | {"rows": rows}, indent=1))
 

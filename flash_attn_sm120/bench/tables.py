@@ -51,9 +51,12 @@ def prefill(found: dict) -> Table:
     for row in found["rows"]:
         speed = row["tflops"]
         ratios = [f"{speed['bf16'] / speed['dense']:.2f}", f"{speed['e4m3'] / speed['bf16']:.2f}"]
+        alone = row.get("alone", {})
+        ratios.append(f"{alone['e4m3'] / alone['bf16']:.2f}" if alone else "")
         lines.append([row["cell"], *(_speed(row, name) for name in known), *ratios])
-    title = f"from pages of {found['rows'][0]['page_size']} tokens, TFLOPS"
-    return title, ["cell", *(PREFILL[name] for name in known), "paged / dense", "e4m3 / bf16"], lines
+    title = f"from pages of {found['rows'][0]['page_size']} tokens, TFLOPS, calls in turn"
+    ratios = ["paged / dense", "e4m3 / bf16", "each alone"]
+    return title, ["cell", *(PREFILL[name] for name in known), *ratios], lines
 
 
 def decode(found: dict) -> Table:

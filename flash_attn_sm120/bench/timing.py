@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from itertools import cycle
-from statistics import median
+from statistics import mean, median
 from typing import TypeVar
 
 import torch
@@ -36,3 +37,35 @@ def in_turn_ms(
         for name, (call, inputs) in timed.items():
             found[name].append(median_ms(call, inputs, repeats=repeats, warm_up=2))
     return {name: median(times) for name, times in found.items()}
+
+
+def alone_ms(
+    timed: dict[Key, tuple[Callable[..., object], list[tuple]]], seconds: float = 0.5, rounds: int = 2
+) -> dict[Key, float]:
+    """Median milliseconds of each (call, inputs) once it has run by itself for `seconds`, as a server runs one model:
+    by then the GPU has the clock that the call's own power leaves it, not the one that others left. The mean over
+    `rounds`, of which every other has the order turned round."""
+    found: dict[Key, list[float]] = {name: [] for name in timed}
+    order = list(timed)
+    for _ in range(rounds):
+        for name in order:
+            call, inputs = timed[name]
+            median_for(call, inputs, seconds)
+            found[name].append(median_for(call, inputs, seconds))
+        order.reverse()
+    return {name: mean(times) for name, times in found.items()}
+
+
+def median_for(call: Callable[..., object], inputs: list[tuple], seconds: float) -> float:
+    """Median milliseconds of calls one behind the other for `seconds`, in rows that are timed as a whole."""
+    row = max(2, round(20 / median_ms(call, inputs, repeats=3, warm_up=1)))
+    sets, times, end = cycle(inputs), [], time.monotonic() + seconds
+    while not times or time.monotonic() < end:
+        start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        for _ in range(row):
+            call(*next(sets))
+        stop.record()
+        torch.cuda.synchronize()
+        times.append(start.elapsed_time(stop) / row)
+    return median(times)

@@ -211,5 +211,5 @@ class SparseTile(ForwardTile):
 
     @property
     def elects(self) -> bool:
-        """Not beside lists."""
-        return False
+        """Not where registers are short: ptxas keeps what it elects with."""
+        return super().elects and not self.fills_registers

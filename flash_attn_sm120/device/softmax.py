@@ -73,8 +73,10 @@ class OnlineSoftmax:
     more than GROWTH, as P up to 2^GROWTH and sums of it lose nothing in float32, bf16 or fp16; so O is seldom rescaled.
     """
 
-    def __init__(self, m_frags: int):
-        self.rows = 2 * m_frags
+    def __init__(self, m_frags: int, shares_early: bool = False):
+        """shares_early: the lanes of a row find its maximum together in each block, not only in those where it has
+        grown, which takes fewer registers there."""
+        self.rows, self.shares_early = 2 * m_frags, shares_early
         self.row_max = cute.make_rmem_tensor((self.rows,), Float32)
         self.row_sum = cute.make_rmem_tensor((self.rows,), Float32)
 
@@ -89,12 +91,12 @@ class OnlineSoftmax:
     def follow(self, tSrS: cute.Tensor, tOrO: cute.Tensor):
         """Takes a block's scores in, and rescales tOrO where a row has grown. Lanes look at their own scores, and ask
         the others of their rows only once one in the warp has found so."""
-        own_max = [self._own_max(tSrS, r) for r in range(self.rows)]
+        block_max = [self._block_max(tSrS, r) for r in range(self.rows)]
         grown = cutlass.Boolean(False)
         for r in cutlass.range_constexpr(self.rows):
-            grown = grown | ((own_max[r] - self.row_max[r]) * self.scale > GROWTH)
+            grown = grown | ((block_max[r] - self.row_max[r]) * self.scale > GROWTH)
         if cute.arch.vote_any_sync(grown):
-            self._rescale(own_max, tOrO)
+            self._rescale(block_max, tOrO)
 
     def probabilities(self, tSrS: cute.Tensor, dtype: str) -> Iterator[list]:
         """P of the block that follow has taken in, not yet divided by the row sums, as A operand of P V: of 16 keys
@@ -109,6 +111,19 @@ class OnlineSoftmax:
                 for m in range(m_frags)
             ]
 
+    def probabilities_at_once(self, tSrS: cute.Tensor, dtype: str) -> list[list]:
+        """The same, row after row before the first product, where that takes fewer registers."""
+        m_frags, n_frags, _ = tSrS.shape
+        pairs = {}
+        for m, half in itertools.product(range(m_frags), range(2)):
+            offset = -self.row_max[2 * m + half] * self.scale
+            for n in range(n_frags):
+                pairs[m, half, n] = self._pair(tSrS, m, n, half, offset, dtype)
+        return [
+            [[pairs[m, half, n + right] for right in range(2) for half in range(2)] for m in range(m_frags)]
+            for n in range(0, n_frags, 2)
+        ]
+
     def _pair(self, tSrS: cute.Tensor, m: int, n: int, half: int, offset: Float32, dtype: str) -> Int32:
         """Two neighbouring columns' part of P, added to the row's sum one by one."""
         r = 2 * m + half
@@ -120,12 +135,19 @@ class OnlineSoftmax:
         """Of two neighbouring columns."""
         return [exp2(fma(tSrS[m, n, 2 * half + j], self.scale, offset)) for j in range(2)]
 
-    def _own_max(self, tSrS: cute.Tensor, r: int) -> Float32:
+    def _block_max(self, tSrS: cute.Tensor, r: int) -> Float32:
+        """Of the lane's scores of a row, or of all of them and the row's maximum."""
         m, half = r // 2, r % 2
-        return tree_reduce([tSrS[m, n, 2 * half + j] for n in range(tSrS.shape[1]) for j in range(2)], cute.arch.fmax)
+        scores = [tSrS[m, n, 2 * half + j] for n in range(tSrS.shape[1]) for j in range(2)]
+        if not self.shares_early:
+            return tree_reduce(scores, cute.arch.fmax)
+        return quad_reduce(tree_reduce([self.row_max[r], *scores], cute.arch.fmax), cute.arch.fmax)
 
-    def _rescale(self, own_max: list[Float32], tOrO: cute.Tensor) -> None:
-        new_max = [cute.arch.fmax(self.row_max[r], quad_reduce(own_max[r], cute.arch.fmax)) for r in range(self.rows)]
+    def _rescale(self, block_max: list[Float32], tOrO: cute.Tensor) -> None:
+        new_max = block_max
+        if not self.shares_early:
+            shared = [quad_reduce(own, cute.arch.fmax) for own in block_max]
+            new_max = [cute.arch.fmax(self.row_max[r], shared[r]) for r in range(self.rows)]
         factors = []
         for r in range(self.rows):
             factors.append(exp2(fma(self.row_max[r], self.scale, -new_max[r] * self.scale)))
