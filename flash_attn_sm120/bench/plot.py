@@ -93,7 +93,8 @@ def prefill(found: dict) -> Figure:
     """One panel a mask."""
     page_size = found["rows"][0]["page_size"]
     notes = [
-        f"Pages of {page_size} tokens in random order; bfloat16 q; median of CUDA events; higher is better. {KEY}."
+        f"Pages of {page_size} tokens in random order; bfloat16 q; median of CUDA events, calls in turn; "
+        f"higher is better. {KEY}."
     ]
     title = "Prefill from a paged KV cache, TFLOPS"
     return _figure(title, "TFLOPS", _tflops_panels(found["rows"]), None, found, notes)
