@@ -1,7 +1,11 @@
 """The kernels that measure a GPU's ceilings do the work that is counted; what forward.py counts and shows."""
 
+import runpy
+import shutil
+import sys
 from functools import reduce
 from operator import xor
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,6 +15,8 @@ from flash_attn_sm120 import simulator
 from flash_attn_sm120.bench import ceiling, forward, prefill
 from flash_attn_sm120.hot_path import hot_path
 from flash_attn_sm120.sass import disassemble
+
+ROOT = Path(__file__).parent.parent
 
 
 @pytest.fixture
@@ -67,3 +73,25 @@ def test_the_table_names_what_failed():
     header, _, line = forward.show([row], ["sdpa_flash", "flash_attn_4"]).splitlines()
     assert "SDPA flash | flash-attn-4" in header
     assert line == "| d64 | 0.500 | 400 |  | 320 | not installed | 1.25 | 62 |"
+
+
+@pytest.fixture
+def own_modules():
+    """The package's modules are the same again behind a test that loads others."""
+    own = {name: module for name, module in sys.modules.items() if name.partition(".")[0] == "flash_attn_sm120"}
+    yield
+    for name in [name for name in sys.modules if name.partition(".")[0] == "flash_attn_sm120"]:
+        del sys.modules[name]
+    sys.modules.update(own)
+
+
+def test_copies_are_loaded_side_by_side(tmp_path, own_modules):
+    load_copy = runpy.run_path(str(ROOT / "benchmarks" / "copies.py"))["load_copy"]
+    for name in ("one", "two"):
+        shutil.copytree(ROOT / "flash_attn_sm120", tmp_path / name / "flash_attn_sm120")
+        with open(tmp_path / name / "flash_attn_sm120" / "bench" / "forward.py", "a") as file:
+            file.write(f"NAME = {name!r}\n")
+    found = [load_copy(tmp_path / name)[1] for name in ("one", "two")]
+    assert [module.NAME for module in found] == ["one", "two"]
+    with pytest.raises(ValueError, match="expected a folder with flash_attn_sm120"):
+        load_copy(tmp_path / "three")

@@ -409,8 +409,8 @@ class ForwardTile:
         if config.problem.dropout:
             tOrP = self.dropped(n, i, masked)
         else:
-            self.softmax.follow(self.tSrS, self.tOrO)
             softmax = self.softmax
+            softmax.follow(self.tSrS, self.tOrO)
             probabilities = softmax.probabilities_at_once if config.problem.biased else softmax.probabilities
             tOrP = probabilities(self.tSrS, config.mma_dtype)
         sV = config.layout_v.matrix(shared, self.lane, config.offset_v)
