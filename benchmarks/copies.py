@@ -3,7 +3,7 @@
     python benchmarks/copies.py before=/tmp/before after=. [--kinds dense,bf16,e4m3] [--cells 0,2] [--zeros]
 
 NAME=FOLDER: a folder with a flash_attn_sm120 in it; all are loaded into one process and get the same inputs. The cells
-are those of benchmarks/prefill.py. In turn: call by call in random order, at one clock. Alone: each by itself for
+are those of benchmarks/prefill.py. In turn: at the clock that all of them together leave. Alone: each by itself for
 --seconds before it is timed for as long, with the clock that a spin on the GPU shows right behind it, and time x clock.
 --zeros: K and V are zero, so that power binds nothing and kernels that give wrong results run the same way as others.
 """
@@ -12,107 +12,74 @@ from __future__ import annotations
 
 import argparse
 import importlib
-import random
-import statistics
 import sys
-import time
 from collections.abc import Callable
-from functools import partial
-from itertools import cycle, islice
 from pathlib import Path
+from statistics import median
 from types import ModuleType
 
 import torch
 
+from flash_attn_sm120.bench.timing import in_turn_ms, settled_ms
+
 PACKAGE = "flash_attn_sm120"
 SPIN = 300_000  # cycles
 LAUNCH_MS = 1.5e-3  # between a spin's events beside the spin
-TURNS = 60
 
 
-def load_copy(folder: Path) -> tuple[ModuleType, ModuleType]:
-    """bench.prefill and bench.forward of the copy in a folder, beside those of other copies that are loaded."""
+def load_copy(folder: Path) -> ModuleType:
+    """bench.prefill of the copy in a folder, beside those of other copies that are loaded."""
     for name in [name for name in sys.modules if name.partition(".")[0] == PACKAGE]:
         del sys.modules[name]
     sys.path.insert(0, str(folder.resolve()))
     try:
         importlib.invalidate_caches()
-        found = tuple(importlib.import_module(f"{PACKAGE}.bench.{name}") for name in ("prefill", "forward"))
+        prefill = importlib.import_module(f"{PACKAGE}.bench.prefill")
     finally:
         sys.path.pop(0)
-    if not Path(found[0].__file__).is_relative_to(folder.resolve()):
-        raise ValueError(f"{folder}: expected a folder with {PACKAGE} in it, got that of {found[0].__file__}")
-    return found
+    if not Path(prefill.__file__).is_relative_to(folder.resolve()):
+        raise ValueError(f"{folder}: expected a folder with {PACKAGE} in it, got that of {prefill.__file__}")
+    return prefill
 
 
-def prepare(copy: tuple[ModuleType, ModuleType], cell, kind: str, sets: list[tuple], zeros: bool) -> tuple:
-    """(call, inputs) of a kind: dense, or the type of K and V in pages."""
-    prefill, forward = copy
-    own = forward.Cell(cell.batch, cell.seqlen, heads=cell.heads, heads_kv=cell.heads_kv, mask=cell.mask)
+def prepare(prefill: ModuleType, cell: int, kind: str, sets: list[tuple]) -> tuple[Callable, list[tuple]]:
+    """(call, inputs) of a kind, dense or the type of K and V in pages, from the copy's bench.prefill."""
     if kind == "dense":
-        call, inputs = forward.ours(own, "sm120")["ours"][1], [tuple(x.clone() for x in tensors) for tensors in sets]
-    else:
-        torch.manual_seed(1)  # one page table for all copies
-        to_pages, call, _ = prefill.paged(own, prefill.PAGE_SIZE, kind, "sm120")
-        inputs = [to_pages(*tensors) for tensors in sets]
-    if zeros:
-        for _, *keys_and_values in inputs:
-            for tensor in keys_and_values:
-                tensor.view(torch.int8).zero_()
-    call(*inputs[0])  # compiles
-    return call, inputs
+        return prefill.ours(prefill.CELLS[cell], "sm120")["ours"][1], sets
+    torch.manual_seed(1)  # one page table for all copies
+    to_pages, call, _ = prefill.paged(prefill.CELLS[cell], prefill.PAGE_SIZE, kind, "sm120")
+    return call, [to_pages(*tensors) for tensors in sets]
 
 
-def timed(action: Callable[[], object]) -> Callable[[], float]:
-    """Does it now; milliseconds, once the GPU is done."""
+def clock_ghz() -> float:
+    """Of the GPU, now."""
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     start.record()
-    action()
+    torch.cuda._sleep(SPIN)
     end.record()
-    return lambda: start.elapsed_time(end)
+    torch.cuda.synchronize()
+    return SPIN / (start.elapsed_time(end) - LAUNCH_MS) / 1e6
 
 
-def in_turn_ms(calls: dict) -> dict:
-    found: dict = {name: [] for name in calls}
-    for turn in range(TURNS):
-        order = random.sample(list(calls), len(calls))
-        running = [(name, timed(partial(calls[name][0], *calls[name][1][turn % 3]))) for name in order]
-        torch.cuda.synchronize()
-        if turn >= TURNS // 10:
-            for name, ms in running:
-                found[name].append(ms())
-    return {name: statistics.median(times) for name, times in found.items()}
-
-
-def alone(call: Callable, inputs: list[tuple], row: int, seconds: float) -> tuple[float, float]:
-    """(median milliseconds of a call, GHz) of rows of calls, from `seconds` after the first on, for as long."""
-    sets, found, begin = cycle(inputs), [], time.monotonic()
-    while time.monotonic() < begin + 2 * seconds or not found:
-        ms = timed(lambda: [call(*tensors) for tensors in islice(sets, row)])
-        spin = timed(lambda: torch.cuda._sleep(SPIN))
-        torch.cuda.synchronize()
-        if time.monotonic() > begin + seconds:
-            found.append((ms() / row, SPIN / (spin() - LAUNCH_MS) / 1e6))
-    return tuple(statistics.median(values) for values in zip(*found, strict=True))
-
-
-def measure(copies: dict, cell, arguments: argparse.Namespace) -> None:
+def measure(copies: dict[str, ModuleType], number: int, arguments: argparse.Namespace) -> None:
     """Prints the cell's lines; ratios are to the first one."""
+    cell = next(iter(copies.values())).CELLS[number]
     sets = [cell.inputs() for _ in range(3)]
+    if arguments.zeros:
+        for _, k, v in sets:
+            k.zero_()
+            v.zero_()
     calls = {
-        (name, kind): prepare(copy, cell, kind, sets, arguments.zeros)
-        for name, copy in copies.items()
-        for kind in arguments.kinds
+        (name, kind): prepare(copy, number, kind, sets) for name, copy in copies.items() for kind in arguments.kinds
     }
-    turn = in_turn_ms(calls)
-    single = {}
-    for name in random.sample(list(calls), len(calls)):
-        single[name] = alone(*calls[name], max(2, round(20 / turn[name])), arguments.seconds)
+    turn, alone = in_turn_ms(calls), {}
+    for name, call in calls.items():
+        found = [(ms, clock_ghz()) for ms in settled_ms(*call, arguments.seconds)]
+        alone[name] = tuple(map(median, zip(*found, strict=True)))
     first = next(iter(calls))
-    for name in calls:
-        ms, ghz = single[name]
+    for name, (ms, ghz) in alone.items():
         speeds = f"{cell.flop / turn[name] / 1e9:.0f} | {turn[first] / turn[name]:.3f} | {cell.flop / ms / 1e9:.0f}"
-        print(f"| {cell.name} | {name[1]}, {name[0]} | {speeds} | {single[first][0] / ms:.3f} | {ghz:.3f} "
+        print(f"| {cell.name} | {name[1]}, {name[0]} | {speeds} | {alone[first][0] / ms:.3f} | {ghz:.3f} "
               f"| {ms * ghz:.3f} |", flush=True)  # fmt: skip
 
 
@@ -127,12 +94,11 @@ def main() -> None:
     if bad := [text for text in arguments.copies if "=" not in text]:
         parser.error(f"argument NAME=FOLDER: expected a name, = and a folder, got {bad[0]!r}")
     copies = {name: load_copy(Path(folder)) for name, _, folder in (text.partition("=") for text in arguments.copies)}
-    cells = next(iter(copies.values()))[0].CELLS
     print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, SM120's occupancy\n")
     print("| cell | kind, copy | TFLOPS in turn | of the first | alone | of the first | GHz | Mcycles |")
     print("| --- " * 8 + "|")
-    for i in arguments.cells:
-        measure(copies, cells[i], arguments)
+    for number in arguments.cells:
+        measure(copies, number, arguments)
 
 
 if __name__ == "__main__":

@@ -89,9 +89,9 @@ def test_copies_are_loaded_side_by_side(tmp_path, own_modules):
     load_copy = runpy.run_path(str(ROOT / "benchmarks" / "copies.py"))["load_copy"]
     for name in ("one", "two"):
         shutil.copytree(ROOT / "flash_attn_sm120", tmp_path / name / "flash_attn_sm120")
-        with open(tmp_path / name / "flash_attn_sm120" / "bench" / "forward.py", "a") as file:
+        with open(tmp_path / name / "flash_attn_sm120" / "bench" / "prefill.py", "a") as file:
             file.write(f"NAME = {name!r}\n")
-    found = [load_copy(tmp_path / name)[1] for name in ("one", "two")]
+    found = [load_copy(tmp_path / name) for name in ("one", "two")]
     assert [module.NAME for module in found] == ["one", "two"]
     with pytest.raises(ValueError, match="expected a folder with flash_attn_sm120"):
         load_copy(tmp_path / "three")

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
-from itertools import cycle
+from collections.abc import Callable, Iterator
+from itertools import cycle, islice
 from statistics import mean, median
 from typing import TypeVar
 
@@ -42,30 +42,30 @@ def in_turn_ms(
 def alone_ms(
     timed: dict[Key, tuple[Callable[..., object], list[tuple]]], seconds: float = 0.5, rounds: int = 2
 ) -> dict[Key, float]:
-    """Median milliseconds of each (call, inputs) once it has run by itself for `seconds`, as a server runs one model:
-    by then the GPU has the clock that the call's own power leaves it, not the one that others left. The mean over
-    `rounds`, of which every other has the order turned round."""
+    """Median milliseconds of each (call, inputs) by itself, as settled_ms has them. The mean over `rounds`, of which
+    every other has the order turned round."""
     found: dict[Key, list[float]] = {name: [] for name in timed}
     order = list(timed)
     for _ in range(rounds):
         for name in order:
-            call, inputs = timed[name]
-            median_for(call, inputs, seconds)
-            found[name].append(median_for(call, inputs, seconds))
+            found[name].append(median(settled_ms(*timed[name], seconds)))
         order.reverse()
     return {name: mean(times) for name, times in found.items()}
 
 
-def median_for(call: Callable[..., object], inputs: list[tuple], seconds: float) -> float:
-    """Median milliseconds of calls one behind the other for `seconds`, in rows that are timed as a whole."""
+def settled_ms(call: Callable[..., object], inputs: list[tuple], seconds: float = 0.5) -> Iterator[float]:
+    """Milliseconds of a call in rows of some 20 ms, one row after the other, for `seconds` from when it has run by
+    itself for as long: by then the GPU has the clock that the call's own power leaves it, as in a server that runs one
+    model, not the one that others left."""
     row = max(2, round(20 / median_ms(call, inputs, repeats=3, warm_up=1)))
-    sets, times, end = cycle(inputs), [], time.monotonic() + seconds
-    while not times or time.monotonic() < end:
-        start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    sets, begin, passed = cycle(inputs), time.monotonic(), 0.0
+    while passed <= 2 * seconds:
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         start.record()
-        for _ in range(row):
-            call(*next(sets))
-        stop.record()
+        for tensors in islice(sets, row):
+            call(*tensors)
+        end.record()
         torch.cuda.synchronize()
-        times.append(start.elapsed_time(stop) / row)
-    return median(times)
+        passed = time.monotonic() - begin
+        if passed > seconds:
+            yield start.elapsed_time(end) / row

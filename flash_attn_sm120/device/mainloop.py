@@ -336,10 +336,10 @@ class ForwardTile:
 
     @property
     def elects(self) -> bool:
-        """Whether the chip chooses the lane that arrives, rather than lane 0. Which of them leaves ptxas registers and
-        which is faster depends on the loop."""
+        """Whether the chip chooses the lane that arrives, rather than lane 0: what that takes of ptxas' registers
+        depends on the loop. Evidence: benchmarks/NOTES.md, "Softmax between the products"."""
         plan = self.config.plan
-        changed = plan.note_bytes > TILE_NOTE_BYTES
+        changed = plan.note_bytes > TILE_NOTE_BYTES and not plan.persistent
         largest = self.fills_registers and not plan.q_in_registers
         return plan.hands_over_registers and (changed or (largest and self.config.problem.mask == "full"))
 

@@ -156,10 +156,6 @@ class PersistentTile(ForwardTile):
         """Those of Q too, whose room is free when K's is: of each row of blocks one."""
         return super().all_reads(results) + [results[m, 0, 0] for m in range(1, results.shape[0])]
 
-    @property
-    def elects(self) -> bool:
-        return False
-
     def store_rows(self, factors: list[Float32], glob: Int64, stride: Int32, rows_left: Int32) -> None:
         """By way of the warp's lanes alone, as shared memory fills with the next tile."""
         store_transposed(self.tOrO, factors, glob, stride, lane_anew(), rows_left, self.config.dtype)
