@@ -5,7 +5,7 @@ import torch
 from oracle import marks, rand
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from flash_attn_sm120 import flash_attn_func, flash_attn_varlen_func
+from flash_attn_sm120 import flash_attn_func, flash_attn_varlen_func, loader
 from flash_attn_sm120.launchers import launches_on_cpu
 
 
@@ -66,11 +66,9 @@ def test_gpu_allocations(gpu):
 
 
 def test_a_launcher_is_found_once(gpu, monkeypatch):
-    from flash_attn_sm120 import compile as compile_module
-
     q = rand(gpu, 1, 30, 1, 64)
     flash_attn_func(q, q, q, softcap=11.0)
-    monkeypatch.setattr(compile_module, "load", lambda *_: pytest.fail("looked for again"))
+    monkeypatch.setattr(loader, "load", lambda *_: pytest.fail("looked for again"))
     for rows in (17, 30, 500):  # few rows are the decode kernel's
         q = rand(gpu, 2, rows, 6, 64)
         flash_attn_func(q, q[:, :, :2], q[:, :, :2], softcap=12.0, softmax_scale=0.3)

@@ -101,7 +101,8 @@ class Fp8BoxLoader(PageLoader):
         self._convert(offset, self._lane(is_v))
         cute.arch.sync_warp()
         self._arrive(full)
-        cute.arch.fence_proxy("async.shared", space="cta")  # before the copies that come next
+        if cutlass.const_expr(is_v):  # before the copies into both rooms that come next
+            cute.arch.fence_proxy("async.shared", space="cta")
 
     def _start_boxes(self, boxes: PagedBoxes, offset: int, barrier: cute.Pointer) -> None:
         first = self._first_row()
@@ -149,12 +150,13 @@ class Fp8BoxLoader(PageLoader):
         """The warp's rows of the tile at `offset`: first halves, then second ones over the bytes."""
         layout, (_, source, target) = self.config.layout_k, self._place(lane)
         source, target = self.shared + source, self.shared + target
+        passes = [offset + beyond * layout.row_bytes for beyond in range(0, self.own_rows, ROWS_A_PASS)]
         for half in range(2):
-            for beyond in range(0, self.own_rows, ROWS_A_PASS):
-                away = offset + beyond * layout.row_bytes
-                words = load_shared_v4((source ^ half * (layout.row_bytes // 2)) + away + layout.chunk_bytes)
-                if half:
-                    cute.arch.sync_warp()
+            unit = source ^ half * (layout.row_bytes // 2)
+            loaded = [load_shared_v4(unit + away + layout.chunk_bytes) for away in passes]
+            if half:
+                cute.arch.sync_warp()
+            for away, words in zip(passes, loaded, strict=True):
                 for j in range(2):
                     four = words[2 * j : 2 * j + 2]
                     pairs = [pair for word in four for pair in fp8_to_f16(word, self.kind)]
