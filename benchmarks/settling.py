@@ -12,29 +12,23 @@ from __future__ import annotations
 import argparse
 import time
 from collections.abc import Callable
-from itertools import cycle, islice
+from itertools import cycle
 from statistics import median
 
 import torch
 
 from flash_attn_sm120.bench import prefill
-from flash_attn_sm120.bench.timing import median_ms
+from flash_attn_sm120.bench.timing import median_ms, row_ms
 
-ROW_MS = 20  # between two looks at the host's clock, at most
+LONGEST_ROW_MS = 20  # between two looks at the host's clock, at most
 
 
 def turn_ms(call: Callable[..., object], inputs: list[tuple], seconds: float, seen_ms: float) -> float:
     """Median milliseconds of a call in the second half of a turn of so many seconds; it takes about seen_ms."""
-    row = max(2, int(min(seconds * 1e3 / 4, ROW_MS) / seen_ms))
+    row = max(2, int(min(seconds * 1e3 / 4, LONGEST_ROW_MS) / seen_ms))
     sets, begin, found = cycle(inputs), time.monotonic(), []
     while not found or time.monotonic() - begin < seconds:
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        for tensors in islice(sets, row):
-            call(*tensors)
-        end.record()
-        torch.cuda.synchronize()
-        found.append(start.elapsed_time(end) / row)
+        found.append(row_ms(call, sets, row))
     return median(found[len(found) // 2 :])
 
 

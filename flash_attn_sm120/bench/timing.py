@@ -60,12 +60,18 @@ def settled_ms(call: Callable[..., object], inputs: list[tuple], seconds: float 
     row = max(2, round(20 / median_ms(call, inputs, repeats=3, warm_up=1)))
     sets, begin, passed = cycle(inputs), time.monotonic(), 0.0
     while passed <= 2 * seconds:
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        for tensors in islice(sets, row):
-            call(*tensors)
-        end.record()
-        torch.cuda.synchronize()
+        ms = row_ms(call, sets, row)
         passed = time.monotonic() - begin
         if passed > seconds:
-            yield start.elapsed_time(end) / row
+            yield ms
+
+
+def row_ms(call: Callable[..., object], sets: Iterator[tuple], count: int) -> float:
+    """Milliseconds of a call in a row of `count`, timed as a whole, on the next of the input sets."""
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    start.record()
+    for tensors in islice(sets, count):
+        call(*tensors)
+    end.record()
+    torch.cuda.synchronize()
+    return start.elapsed_time(end) / count
